@@ -1,0 +1,54 @@
+"""Utility and routing quality of the tiered model, per domain and macro.
+
+Reads   runs/<experiment>/router/, models/, data/processed/<key>/
+Writes  runs/<experiment>/eval/utility.json, eval/rows.parquet
+
+    python eval_det_router.py configs/quickstart/n16.yaml             # CPU, seconds
+    python eval_det_router.py configs/c4/trained/n16.yaml eval.rows_per_domain=0   # one GPU
+"""
+
+from tiered.data import ProcessedData
+from tqdm import tqdm
+
+from tiered.config import Config, run_script
+from tiered.evaluation import evaluate, write_rows
+from tiered.partition import make_partition_map
+from tiered.record import start, timed
+from tiered.router import load_models, load_router, run_models, tiered_model
+from tiered.scoring import ScoreCache
+from tiered.store import content_hash, write_json
+
+
+def main(config: Config) -> None:
+    """Score one experiment's test rows under every routing scope."""
+    # 1. what earlier stages made
+    partitions = make_partition_map(config)
+    data = ProcessedData(config)
+    router = load_router(config.run_dir / "router", "python train_det_router.py CONFIG")
+    folders = run_models(config, partitions, data)
+    start(config, "eval_det_router")
+    with timed(config, "eval_det_router"):
+        # 2. one model of all parts
+        model = tiered_model(config, partitions, router, load_models(folders))
+        hashes = {k: content_hash(folder) for k, folder in folders.items()}
+        cache = ScoreCache(config.store_dir / "scores", hashes)
+        # 3. scores of every domain, routed partitions only
+        bar = tqdm(data.domains, desc=f"{config.name} evaluation", unit="domain", disable=None)
+        result, table = evaluate(config, data, partitions, model, cache, lambda _: bar)
+        result["models"] = {str(k): h for k, h in hashes.items()}
+        # 4. rows first, so that utility.json stands for a finished stage
+        write_rows(config.run_dir / "eval" / "rows.parquet", table)
+        write_json(config.run_dir / "eval" / "utility.json", result)
+    # 5. what a reader wants to see at once
+    for scope, figures in result["macro"].items():
+        if isinstance(figures, dict):
+            print(
+                f"{config.name} {scope}: {figures['bpb']:.3f} bits per byte,"
+                f" {figures['gain_over_unigram']:.1%} below the unigram,"
+                f" accuracy {figures['accuracy']:.3f}"
+            )
+    print(f"{config.name} routing accuracy: {result['routing']['sample_accuracy']}")
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__)

@@ -1,0 +1,46 @@
+"""Train partition models, each in isolation: one, several, or all one after another.
+
+Reads   data/processed/<key>/ (process_dset.py)
+Writes  runs/<experiment>/models/<k>/ (links into runs/.store/models), provenance.json
+
+    python run_clm.py configs/quickstart/n16.yaml                     # CPU, all partitions
+    python run_clm.py configs/c4/n16.yaml partition.index=3 training.bf16=true   # one GPU
+"""
+
+from tiered.data import ProcessedData
+
+from tiered.config import Config, run_script
+from tiered.partition import make_partition_map
+from tiered.record import note_provenance, start, timed
+from tiered.store import read_json
+from tiered.training import publish_models, train_partition
+
+
+def main(config: Config) -> None:
+    """Models of one experiment's partitions."""
+    # 1. which partitions
+    partitions = make_partition_map(config)
+    wanted = config.partition.index or range(partitions.n)
+    # 2. processed data
+    data = ProcessedData(config)
+    start(config, "run_clm")
+    for k in wanted:
+        # 3. train partition k, or take it from the store if its inputs are unchanged
+        with timed(config, f"run_clm/{k}"):
+            folder = train_partition(config, data, partitions, k)
+        if folder is None:
+            print(f"{config.name} partition {k}: no data (its domains are excluded), no model")
+            continue
+        # 4. link it into the run folder
+        publish_models(config, {k: folder})
+        record = read_json(folder / "record.json")
+        note_provenance(config, {f"model/{k}": record["partition"]["present"]})
+        print(
+            f"{config.name} partition {k}: {record['parameters']['total']:,} parameters,"
+            f" {record['optimizer_steps']} steps, {record['tokens']:,} tokens,"
+            f" final training loss {record['final_training_loss_nats']} nats"
+        )
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__)

@@ -1,0 +1,132 @@
+"""Resume state of a training run: complete or absent, hashed, without pickle.
+
+A checkpoint folder holds model.safetensors, optimizer.safetensors + optimizer.json,
+scheduler.json, rng.safetensors + rng.json, trainer_state.json and hashes.json. It is written under
+a temporary name and renamed; the newest one whose hashes agree is resumed.
+"""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from tiered.store import UserError, atomic_folder, is_complete, read_json, verify
+
+KEPT = 2  # the newest may be damaged by the disk: keep the one before it
+
+
+def newest(folder: Path) -> Path | None:
+    """Newest checkpoint whose hashes agree; damaged ones are named on stdout and skipped."""
+    candidates = sorted(p for p in folder.glob("checkpoint-*") if is_complete(p))
+    for path in reversed(candidates):
+        try:
+            verify(path)
+            return path
+        except UserError as error:
+            print(f"checkpoint skipped: {error}")
+    return None
+
+
+def prune(folder: Path) -> None:
+    """Remove all but the newest checkpoints."""
+    for path in sorted(p for p in folder.glob("checkpoint-*") if is_complete(p))[:-KEPT]:
+        shutil.rmtree(path)
+
+
+def save(folder: Path, trainer: Any) -> None:
+    """Write the whole state of a transformers Trainer as one atomic folder."""
+    with atomic_folder(folder) as path:
+        weights = {k: v.detach().cpu().contiguous() for k, v in trainer.model.state_dict().items()}
+        save_file(_without_shared(weights), path / "model.safetensors")
+        _save_optimizer(trainer.optimizer.state_dict(), path)
+        _write(path / "scheduler.json", _plain(trainer.lr_scheduler.state_dict()))
+        _save_random_state(path)
+        _write(path / "loss_accumulator.json", trainer.loss_accumulator())
+        trainer.state.save_to_json(str(path / "trainer_state.json"))
+
+
+def load_weights(folder: Path, model: torch.nn.Module) -> None:
+    """Load model.safetensors into a model, buffers included; every tensor must be there."""
+    missing, unexpected = model.load_state_dict(
+        load_file(folder / "model.safetensors"), strict=False
+    )
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    if unexpected or [name for name in missing if name not in tied]:
+        raise UserError(f"{folder}: checkpoint of another model ({(missing + unexpected)[0]})")
+
+
+def load_optimizer(folder: Path, trainer: Any) -> None:
+    """Load optimizer and scheduler state."""
+    tensors = load_file(folder / "optimizer.safetensors")
+    stored = read_json(folder / "optimizer.json")
+    state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in stored["state"].items()}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    trainer.optimizer.load_state_dict({"state": state, "param_groups": stored["param_groups"]})
+    trainer.lr_scheduler.load_state_dict(read_json(folder / "scheduler.json"))
+
+
+def load_random_state(folder: Path) -> None:
+    """Restore the python, numpy and torch generators."""
+    stored, tensors = read_json(folder / "rng.json"), load_file(folder / "rng.safetensors")
+    version, numbers, gauss = stored["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, position, has_gauss, cached = stored["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy(), position, has_gauss, cached))
+    torch.set_rng_state(tensors["torch"])
+    if torch.cuda.is_available() and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"])
+
+
+def _save_optimizer(state: dict[str, Any], path: Path) -> None:
+    tensors, rest = {}, {}
+    for index, values in state["state"].items():
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous()
+            else:
+                rest.setdefault(str(index), {})[key] = value
+    save_file(tensors, path / "optimizer.safetensors")
+    _write(path / "optimizer.json", {"state": rest, "param_groups": _plain(state["param_groups"])})
+
+
+def _save_random_state(path: Path) -> None:
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.copy())}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    save_file(tensors, path / "rng.safetensors")
+    numpy_state = [name, position, has_gauss, cached]
+    _write(path / "rng.json", {"python": random.getstate(), "numpy": numpy_state})
+
+
+def _without_shared(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tied tensors once (safetensors refuses shared memory)."""
+    seen: set[int] = set()
+    unique = {}
+    for name, tensor in weights.items():
+        if tensor.numel() == 0 or tensor.data_ptr() not in seen:
+            unique[name] = tensor
+        seen.add(tensor.data_ptr())
+    return unique
+
+
+def _plain(value: Any) -> Any:
+    """State as JSON-ready values; functions (a scheduler's lambdas) are rebuilt, not stored."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items() if not callable(v)}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return value
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")

@@ -1,0 +1,653 @@
+"""The configuration: one YAML file per experiment, one grammar for all scripts.
+
+    python run_clm.py configs/quickstart/n16.yaml partition.index=3 training.learning_rate=5e-4
+
+* `base:` names a file (or a list) that is merged first; mappings merge deeply, the child wins.
+* `a.b=value` overrides come last and apply to every config file of the call.
+* A default lives in one place, the dataclass field below, beside its meaning and unit.
+"""
+
+import dataclasses
+import difflib
+import functools
+import math
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+
+from tiered.domains import CODES
+from tiered.store import UserError
+
+MAX_BASE_LEVELS = 3
+SPLITS = ("train", "validation", "test", "router", "holdout", "calibration")
+# TrainingArguments that this project sets itself, and where the user sets them instead.
+RESERVED_ARGUMENTS = {
+    "seed": "seed",
+    "data_seed": "seed",
+    "output_dir": "output_dir",
+    "run_name": "name",
+    "use_cpu": "device",
+    "resume_from_checkpoint": "(none: the newest complete checkpoint is always resumed)",
+    "max_steps": "training.num_train_epochs",
+    "do_train": "(none)",
+    "do_eval": "(none)",
+    "do_predict": "(none)",
+    "train_sampling_strategy": "(none: the order is a function of the seed)",
+    "remove_unused_columns": "(none)",
+    "disable_tqdm": "(none: bars are drawn on a terminal only)",
+}
+
+
+def opt(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A config field: its default, its meaning with unit, and the allowed values."""
+    metadata = {"help": help, "choices": choices, "low": low, "high": high}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Raw text -> cleaned, tokenised, split documents per domain (process_dset.py)."""
+
+    source: str = opt(
+        "data/sample", "hub dataset name or local folder (c4 layout, or a folder per domain)"
+    )
+    revision: str = opt("", "hub revision (commit or tag) to pin; empty: the default branch")
+    config_name: str = opt("{domain}", "load_dataset configuration of a domain")
+    source_split: str = opt("train", "split of the source that is read")
+    text_column: str = opt("text", "column that holds the text")
+    text_unit: str = opt(
+        "file", "what one document is in .txt sources", choices=("file", "paragraph", "line")
+    )
+    domains: tuple[str, ...] = opt(
+        CODES, "configured domains; fixes partition map, indices and seeds"
+    )
+    exclude_domains: tuple[str, ...] = opt(
+        (), "domains whose data is left out; nothing else changes"
+    )
+    first_document: int = opt(0, "first raw record of a domain that is read", low=0)
+    num_documents: int = opt(0, "raw records read per domain; 0: all", low=0)
+    normalize: str = opt("NFC", "Unicode normal form", choices=("NFC", "NFKC", "none"))
+    strip_control: bool = opt(True, "remove control characters other than newline and tab")
+    min_characters: int = opt(200, "shortest document kept, in characters", low=0)
+    min_script_share: float = opt(
+        0.5, "least share of letters in the domain's script; 0: no filter", low=0, high=1
+    )
+    exact_duplicates: bool = opt(True, "drop exact duplicates inside a domain")
+    near_duplicate_threshold: float = opt(
+        0.8,
+        "estimated Jaccard similarity from which a near duplicate is dropped; 0: off",
+        low=0,
+        high=1,
+    )
+    max_unk_share: float = opt(
+        0.5,
+        "largest share of unknown tokens of a kept document (tokenizers with [UNK])",
+        low=0,
+        high=1,
+    )
+    max_broken_records: int = opt(
+        100, "records per domain that may be unreadable before an error", low=0
+    )
+    block_size: int = opt(128, "tokens per block and per scored row", low=4)
+    separate_documents: bool = opt(
+        False,
+        "positions and attention restart at each document of a block (off: published behaviour)",
+    )
+    tokens_per_domain: int | dict[str, int] = opt(
+        0, "training tokens per domain, one number or a map; 0: all", low=0
+    )
+    split_shares: dict[str, float] = opt(
+        {"train": 60, "validation": 4, "test": 8, "router": 8, "holdout": 16, "calibration": 4},
+        "share of documents per split, in percent; sums to 100",
+    )
+    split_seed: int = opt(0, "salt of the hash that assigns documents to splits", low=0)
+    repeats: dict[int, int] = opt(
+        {}, "times -> member rows per domain that occur that often in train"
+    )
+    repeat_domains: tuple[str, ...] = opt((), "domains with repeated rows; empty: all")
+    num_proc: int = opt(2, "worker processes (never changes a result)", low=1)
+    processed_dir: str = opt("data/processed", "where processed data is kept, by hash")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """One tokenizer shared by all partitions."""
+
+    name: str = opt("bpe", "`bpe` (trained on the router split), `bytes`, a hub name, or a folder")
+    revision: str = opt("", "hub revision to pin")
+    vocab_size: int = opt(4096, "size of a trained bpe vocabulary, in tokens", low=260)
+    train_domains: tuple[str, ...] = opt(
+        (), "domains whose router split trains bpe; empty: data.domains, excluded ones too"
+    )
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """Level 1: which partition a domain or document belongs to."""
+
+    method: str = opt(
+        "language",
+        "how the partitions are made",
+        choices=("language", "family", "random_language", "random"),
+    )
+    n: int = opt(1, "number of partitions", low=1)
+    index: tuple[int, ...] = opt(
+        (), "partitions this call trains; empty: all, one after another", low=0
+    )
+    seed: int = opt(0, "seed of random_language and random", low=0)
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Level 1: deterministic router (prefix embedding against centroids)."""
+
+    embedder: str = opt(
+        "transformer",
+        "prefix embedding: a small causal LM's hidden states, or untrained hashed n-grams",
+        choices=("transformer", "hashed_ngrams"),
+    )
+    hidden_size: int = opt(64, "embedder width", low=2)
+    num_hidden_layers: int = opt(1, "embedder layers", low=1)
+    num_attention_heads: int = opt(2, "embedder heads", low=1)
+    num_train_epochs: float = opt(1.0, "passes over the router split", low=0)
+    batch_rows: int = opt(16, "rows per optimizer step", low=1)
+    learning_rate: float = opt(3e-3, "peak learning rate of the embedder (AdamW)", low=0)
+    tokens_per_domain: int = opt(0, "router-split tokens used per domain; 0: all", low=0)
+    ngram_buckets: int = opt(4096, "hash buckets of hashed_ngrams", low=2)
+    ngram_max: int = opt(2, "longest token n-gram of hashed_ngrams", low=1)
+    scope: str = opt("token", "routing used outside of eval", choices=("oracle", "token", "sample"))
+    context_tokens: int = opt(32, "tokens that decide sample routing", low=1)
+    early_positions: str = opt(
+        "token",
+        "positions before context_tokens under sample routing: routed by token, or not scored",
+        choices=("token", "skip"),
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Level 2: the model one partition trains (Monet, arXiv:2412.04139)."""
+
+    type: str = opt("monet", "model family (tiered/methods.py)", choices=("monet",))
+    vocab_size: int = opt(0, "rows of the embedding; 0: the tokenizer's size", low=0)
+    hidden_size: int = opt(64, "width d", low=2)
+    num_hidden_layers: int = opt(2, "layers", low=1)
+    num_attention_heads: int = opt(2, "attention heads", low=1)
+    num_key_value_heads: int = opt(0, "key/value heads; 0: as attention heads", low=0)
+    max_position_embeddings: int = opt(0, "longest input, tokens; 0: data.block_size", low=0)
+    rope_theta: float = opt(10000.0, "rotary base", low=1)
+    rms_norm_eps: float = opt(1e-6, "epsilon of RMSNorm", low=0)
+    initializer_range: float = opt(0.02, "standard deviation of initial weights", low=0)
+    tie_word_embeddings: bool = opt(False, "share embedding and head")
+    moe_dim: int = opt(8, "expert width m", low=2)
+    moe_heads: int = opt(4, "router heads H", low=1)
+    moe_experts: int = opt(16, "experts per axis E (E^2 experts per layer)", low=1)
+    moe_topk: int = opt(4, "experts kept per head and axis on average", low=1)
+    moe_groups: int = opt(2, "consecutive layers that share a router", low=1)
+    moe_decompose: str = opt("vertical", "expert decomposition", choices=("vertical", "horizontal"))
+    uniformity_loss_coef: float = opt(1e-3, "weight of the uniformity loss", low=0)
+    ambiguity_loss_coef: float = opt(1e-3, "weight of the ambiguity loss", low=0)
+    freeze_router: bool = opt(False, "ablation: keep the Level-2 router at its random start")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Training of one partition model; every TrainingArguments field is a key too."""
+
+    schedule: str = opt(
+        "constant_steps",
+        "constant_steps: the batch shrinks with the partition; constant_batch: the step count does",
+        choices=("constant_steps", "constant_batch"),
+    )
+    min_batch_rows: int = opt(1, "floor of the constant_steps batch, rows", low=1)
+    per_device_train_batch_size: int = opt(16, "rows per device and micro-batch at n = 1", low=1)
+    gradient_accumulation_steps: int = opt(1, "micro-batches per optimizer step", low=1)
+    num_train_epochs: float = opt(1.0, "passes over the partition's blocks", low=0)
+    learning_rate: float = opt(4e-3, "peak learning rate", low=0)
+    lr_scheduler_type: str = opt("cosine", "learning-rate schedule")
+    warmup_steps: float = opt(0.05, "warm-up: steps, or a share of all steps if below 1", low=0)
+    weight_decay: float = opt(0.0, "AdamW weight decay", low=0)
+    adam_beta2: float = opt(0.95, "AdamW second-moment decay", low=0, high=1)
+    max_grad_norm: float = opt(1.0, "gradient norm at which gradients are clipped", low=0)
+    logging_steps: int = opt(50, "optimizer steps between lines of metrics.jsonl", low=1)
+    save_steps: int = opt(0, "optimizer steps between resume checkpoints; 0: none", low=0)
+    report_to: tuple[str, ...] = opt((), "trackers besides metrics.jsonl: wandb, tensorboard")
+    arguments: Mapping[str, Any] = opt({}, "(filled in) other TrainingArguments set in the file")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Utility and routing quality of the tiered model (eval_det_router.py)."""
+
+    split: str = opt("test", "split that is scored", choices=SPLITS)
+    rows_per_domain: int = opt(64, "scored rows per domain, one per document; 0: all", low=0)
+    batch_rows: int = opt(16, "rows per forward pass", low=1)
+    scopes: tuple[str, ...] = opt(
+        ("oracle", "token", "sample"), "routing scopes", choices=("oracle", "token", "sample")
+    )
+    context_lengths: tuple[int, ...] = opt(
+        (1, 2, 4, 8, 16, 32, 64), "prefix lengths at which routing accuracy is read, tokens", low=1
+    )
+
+
+@dataclass(frozen=True)
+class UnlearnConfig:
+    """Removal of domains and its measurement (unlearn_benchmarks.py)."""
+
+    forget: tuple[str, ...] = opt((), "forget domains, removed one at a time")
+    operations: tuple[str, ...] = opt(
+        ("original", "gold", "delete-S0", "delete-S1", "delete-S2", "sisa"),
+        "operations that are run, in this order",
+        choices=("original", "gold", "delete-S0", "delete-S1", "delete-S2", "sisa"),
+    )
+    forget_rows: int = opt(200, "member, holdout and test rows of the forget domain", low=2)
+    retain_rows: int = opt(32, "member and test rows of every other domain", low=1)
+    bootstrap_samples: int = opt(1000, "bootstrap resamples of a confidence interval", low=10)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    name: str = opt("", "experiment name; its run folder is output_dir/name")
+    output_dir: str = opt("runs", "folder of run folders")
+    seed: int = opt(0, "the one seed; every generator is derived from it", low=0)
+    threads: int = opt(
+        0, "CPU threads of torch, recorded; 0: all cores (not reproducible elsewhere)", low=0
+    )
+    device: str = opt("auto", "auto: cuda when present, else cpu", choices=("auto", "cpu", "cuda"))
+    overwrite: bool = opt(False, "redo finished stages")
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this experiment."""
+        return Path(self.output_dir) / self.name
+
+    @property
+    def store_dir(self) -> Path:
+        """Artefacts shared by experiments, addressed by the hash of their inputs."""
+        return Path(self.output_dir) / ".store"
+
+    @property
+    def present_domains(self) -> tuple[str, ...]:
+        """Configured domains whose data is used."""
+        return tuple(d for d in self.data.domains if d not in self.data.exclude_domains)
+
+    def without(self, *domains: str) -> "Config":
+        """The same experiment with these domains' data left out."""
+        excluded = tuple(
+            d for d in self.data.domains if d in {*self.data.exclude_domains, *domains}
+        )
+        return dataclasses.replace(
+            self, data=dataclasses.replace(self.data, exclude_domains=excluded)
+        )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which `no` is a language code and `3e-4` a number (YAML 1.2 scalars)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Mapping of one YAML file; scalars stay text until they are cast to a field's type."""
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: config file not found") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a config is a mapping, found {type(value).__name__}")
+    return value
+
+
+def merge(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    """Deep merge of two mappings; the child wins, lists are replaced."""
+    merged = dict(base)
+    for key, value in child.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def read_with_base(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A config file merged onto its `base:` files; keys are checked file by file."""
+    path = Path(path)
+    if path.resolve() in [p.resolve() for p in chain]:
+        raise UserError(f"{path}: `base:` leads back to itself ({' -> '.join(map(str, chain))})")
+    if len(chain) > MAX_BASE_LEVELS:
+        raise UserError(f"{path}: more than {MAX_BASE_LEVELS} levels of `base:`")
+    content = read_yaml(path)
+    bases = content.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    check_keys(content, Config, str(path))
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = merge(merged, read_with_base(path.parent / base, (*chain, path)))
+    return merge(merged, content)
+
+
+@functools.cache
+def training_argument_names() -> frozenset[str]:
+    """Names of the fields of transformers.TrainingArguments."""
+    from transformers import TrainingArguments  # costs seconds: only when such a key occurs
+
+    return frozenset(f.name for f in fields(TrainingArguments) if f.init)
+
+
+def valid_keys(schema: type, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """All full keys (`data.block_size`) of a schema with their fields."""
+    keys = {}
+    for f in fields(schema):
+        if is_dataclass(f.type):
+            keys |= valid_keys(f.type, f"{prefix}{f.name}.")
+        elif f.name != "arguments":
+            keys[prefix + f.name] = f
+    return keys
+
+
+def check_keys(content: Mapping[str, Any], schema: type, origin: str, prefix: str = "") -> None:
+    """Raise UserError for a key the schema does not know, with the nearest one it does."""
+    names = {f.name: f for f in fields(schema) if f.name != "arguments"}
+    for key, value in content.items():
+        full = f"{prefix}{key}"
+        if key in names and is_dataclass(names[key].type):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{origin}: {full} is a section (a mapping), found {value!r}")
+            check_keys(value, names[key].type, origin, f"{full}.")
+        elif key not in names:
+            if schema is TrainingConfig and key in RESERVED_ARGUMENTS:
+                raise UserError(f"{origin}: {full} is not set here; use {RESERVED_ARGUMENTS[key]}")
+            if schema is TrainingConfig and key in training_argument_names():
+                continue
+            raise UserError(f"{origin}: unknown key `{full}`{_nearest(full, schema)}")
+
+
+def _nearest(full: str, schema: type) -> str:
+    known = list(valid_keys(Config)) + [f.name for f in fields(Config)]
+    if schema is TrainingConfig:
+        known += [f"training.{name}" for name in training_argument_names()]
+    matches = difflib.get_close_matches(full, known, n=1, cutoff=0.0)
+    same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == full.rsplit(".", 1)[-1]]
+    return f"; did you mean `{(same_leaf or matches)[0]}`?"
+
+
+def cast(value: Any, kind: Any, key: str) -> Any:
+    """The value as the field's type; raises UserError with key, value and what is allowed."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        mapping = isinstance(value, Mapping) or (isinstance(value, str) and value.startswith("{"))
+        chosen = [a for a in arguments if (get_origin(a) is dict) == mapping]
+        return cast(value, chosen[0], key)
+    if origin is dict:
+        value = _parse_inline(value, key) if isinstance(value, str) else value
+        if not isinstance(value, Mapping):
+            raise UserError(f"{key}: expected a mapping, found {value!r}")
+        return {
+            cast(k, arguments[0], key): cast(v, arguments[1], f"{key}.{k}")
+            for k, v in value.items()
+        }
+    if origin is tuple:
+        if isinstance(value, str):
+            value = _parse_inline(value, key) if value.startswith("[") else value.split(",")
+        value = [] if value is None or value == [""] else value
+        if isinstance(value, Mapping) or not isinstance(value, (list, tuple)):
+            raise UserError(f"{key}: expected a list, found {value!r}")
+        return tuple(cast(v, arguments[0], key) for v in value)
+    return _cast_scalar(value, kind, key)
+
+
+def _parse_inline(value: str, key: str) -> Any:
+    try:
+        return yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"{key}: cannot read {value!r} as a list or mapping") from None
+
+
+def _cast_scalar(value: Any, kind: type, key: str) -> Any:
+    if isinstance(value, (list, tuple, Mapping)):
+        raise UserError(f"{key}: expected {kind.__name__}, found {value!r}")
+    text = "" if value is None else str(value).strip()
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if kind is int:
+            return int(text)
+        if kind is float:
+            number = float(text)
+            if not math.isfinite(number):
+                raise ValueError
+            return number
+    except (KeyError, ValueError):
+        allowed = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"{key}: expected {allowed}, found {text!r}") from None
+    return text
+
+
+def _check_range(value: Any, f: dataclasses.Field, key: str) -> None:
+    values = value.values() if isinstance(value, dict) else value
+    for item in values if isinstance(value, (tuple, dict)) else [value]:
+        choices, low, high = (f.metadata.get(k) for k in ("choices", "low", "high"))
+        if choices and item not in choices:
+            raise UserError(f"{key}: {item!r} is not one of {', '.join(map(str, choices))}")
+        if (low is not None and item < low) or (high is not None and item > high):
+            limits = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+            raise UserError(f"{key}: {item!r} is out of range ({limits})")
+
+
+def build(schema: type, content: Mapping[str, Any], prefix: str = "") -> Any:
+    """The frozen dataclass of a mapping whose keys were checked."""
+    values: dict[str, Any] = {}
+    for f in fields(schema):
+        key = f"{prefix}{f.name}"
+        if is_dataclass(f.type):
+            values[f.name] = build(f.type, content.get(f.name, {}), f"{key}.")
+        elif f.name == "arguments":
+            own = {g.name for g in fields(schema)}
+            extra = {k: v for k, v in content.items() if k not in own}
+            values["arguments"] = _training_arguments(extra)
+        elif f.name in content:
+            values[f.name] = cast(content[f.name], f.type, key)
+            _check_range(values[f.name], f, key)
+    return schema(**values)
+
+
+def _training_arguments(extra: dict[str, Any]) -> dict[str, Any]:
+    """Other TrainingArguments, cast to the type their own dataclass states."""
+    if not extra:
+        return {}
+    from transformers import TrainingArguments
+
+    kinds = {f.name: f.type for f in fields(TrainingArguments)}
+    values = {}
+    for name, value in extra.items():
+        options = [a for a in (get_args(kinds[name]) or (kinds[name],)) if a in (bool, int, float)]
+        values[name] = value
+        if isinstance(value, str) and options:
+            values[name] = _cast_first(value, options, f"training.{name}")
+    return values
+
+
+def _cast_first(value: str, kinds: list[type], key: str) -> Any:
+    for kind in kinds:
+        try:
+            return _cast_scalar(value, kind, key)
+        except UserError:
+            if kind is kinds[-1]:
+                raise
+    return value
+
+
+def check(config: Config) -> Config:
+    """Raise UserError where fields contradict one another; return the config."""
+    data = config.data
+    if not config.name:
+        raise UserError("name: an experiment needs a name (its run folder)")
+    if config.name != Path(config.name).name or config.name.startswith("."):
+        raise UserError(f"name: {config.name!r} must be a plain folder name")
+    for code in data.domains:
+        if code != Path(code).name or code.startswith("."):
+            raise UserError(f"data.domains: {code!r} must be a plain name")
+    if len(set(data.domains)) != len(data.domains) or not data.domains:
+        raise UserError(f"data.domains: names must be given, each once, found {list(data.domains)}")
+    known = {
+        "data.exclude_domains": data.exclude_domains,
+        "data.repeat_domains": data.repeat_domains,
+        "tokenizer.train_domains": config.tokenizer.train_domains,
+        "unlearn.forget": config.unlearn.forget,
+    }
+    if isinstance(data.tokens_per_domain, dict):
+        known["data.tokens_per_domain"] = tuple(data.tokens_per_domain)
+    for key, names in known.items():
+        for name in names:
+            if name not in data.domains:
+                raise UserError(
+                    f"{key}: {name!r} is not in data.domains ({', '.join(data.domains)})"
+                )
+    for name in config.unlearn.forget:
+        if name in data.exclude_domains:
+            raise UserError(f"unlearn.forget: {name!r} is already in data.exclude_domains")
+    if not config.present_domains:
+        raise UserError("data.exclude_domains: every domain is excluded")
+    _check_splits(data)
+    for index in config.partition.index:
+        if index >= config.partition.n:
+            raise UserError(
+                f"partition.index: {index} is out of range (partition.n is {config.partition.n})"
+            )
+    if (
+        config.model.max_position_embeddings
+        and data.block_size > config.model.max_position_embeddings
+    ):
+        raise UserError(
+            f"data.block_size: {data.block_size} is beyond model.max_position_embeddings"
+            f" ({config.model.max_position_embeddings})"
+        )
+    if config.router.context_tokens >= data.block_size:
+        raise UserError(
+            f"router.context_tokens: {config.router.context_tokens} must be below data.block_size"
+            f" ({data.block_size})"
+        )
+    return config
+
+
+def _check_splits(data: DataConfig) -> None:
+    if set(data.split_shares) != set(SPLITS):
+        raise UserError(f"data.split_shares: needs exactly the splits {', '.join(SPLITS)}")
+    total = sum(data.split_shares.values())
+    if abs(total - 100) > 1e-9 or min(data.split_shares.values()) < 0:
+        raise UserError(f"data.split_shares: shares are >= 0 and sum to 100, found {total:g}")
+    for times in data.repeats:
+        if times < 2:
+            raise UserError(f"data.repeats: {times} must be at least 2 occurrences")
+
+
+def load(path: Path | str, overrides: tuple[str, ...] = ()) -> Config:
+    """The checked configuration of one file and `a.b=value` overrides."""
+    content = read_with_base(Path(path))
+    for override in overrides:
+        key, value = override.split("=", 1)
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        check_keys(nested, Config, f"override {override}")
+        content = merge(content, nested)
+    try:
+        return check(build(Config, content))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def plain(value: Any) -> Any:
+    """A config (or part of one) as JSON-ready mappings and lists."""
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def help_text(doc: str) -> str:
+    """A script's docstring and every key with type, default, meaning and allowed values."""
+    lines = [doc.strip(), "", "Arguments: one or more config files, then key=value overrides.", ""]
+    defaults = plain(Config())
+    for key, f in valid_keys(Config).items():
+        default: Any = defaults
+        for part in key.split("."):
+            default = default[part]
+        kind = f.type.__name__ if isinstance(f.type, type) and not get_args(f.type) else str(f.type)
+        default = ",".join(map(str, default)) if isinstance(default, list) else default
+        lines.append(f"  {key} ({kind}, default {default!r})")
+        limits = f.metadata["choices"] and f" [{', '.join(map(str, f.metadata['choices']))}]"
+        lines.append(f"      {f.metadata['help']}{limits or ''}")
+    lines.append("  training.<field>: every other field of transformers.TrainingArguments")
+    return "\n".join(lines)
+
+
+def parse_arguments(arguments: list[str], doc: str) -> list[Config]:
+    """Configs of a command line; prints help and exits 0 for --help."""
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(help_text(doc))
+        raise SystemExit(0 if arguments else 2)
+    paths = [a for a in arguments if a.endswith((".yaml", ".yml")) and "=" not in a]
+    overrides = tuple(a for a in arguments if a not in paths)
+    for argument in overrides:
+        if "=" not in argument or argument.startswith("-"):
+            raise UserError(
+                f"{argument}: neither a config file (.yaml) nor an override (key=value)"
+            )
+    if not paths:
+        raise UserError("no config file given; try configs/quickstart/n16.yaml")
+    configs = [load(path, overrides) for path in paths]
+    folders = [str(c.run_dir) for c in configs]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise UserError(
+                f"two configs of this call write to {folder}: give them different names"
+            )
+    return configs
+
+
+def run_script(main: Callable[[Config], None], doc: str) -> None:
+    """Run `main` on each config; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        for config in parse_arguments(sys.argv[1:], doc):
+            main(config)
+    except (UserError, OSError) as error:
+        text = str(error) or type(error).__name__
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,265 @@
+"""Utility and routing quality of a tiered model, per domain and macro.
+
+Shapes: R rows, T tokens per row, S = T - 1 scored positions, N partitions.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from tiered.config import Config
+from tiered.data import ProcessedData, Rows, unigram_log_probs
+from tiered.metrics import UNDEFINED, bits_per_byte, maximal_nmi, partition_nmi
+from tiered.modeling_tiered import TieredForCausalLM, assign
+from tiered.partition import PartitionMap
+from tiered.scoring import ScoreCache, TokenScores, score_rows
+
+MAX_UNK_SHARE = 0.01  # rows above it print `undefined`: [UNK] hides the text it replaces
+
+
+@dataclass
+class RowScores:
+    """Sums per row (R,): nats, right predictions, scored tokens, their bytes and characters."""
+
+    rows: Rows
+    scope: str
+    loss_nats: np.ndarray
+    correct: np.ndarray
+    tokens: np.ndarray
+    num_bytes: np.ndarray
+    num_chars: np.ndarray
+    last_partition: np.ndarray
+
+    @property
+    def mean_loss(self) -> np.ndarray:
+        """L(x): mean nats per scored token of each row."""
+        return self.loss_nats / self.tokens
+
+    def bpb(self) -> float:
+        """Bits per byte over all rows."""
+        return bits_per_byte(float(self.loss_nats.sum()), float(self.num_bytes.sum()))
+
+    def accuracy(self) -> float:
+        """Top-1 next-token accuracy over all scored tokens."""
+        return float(self.correct.sum() / self.tokens.sum())
+
+
+def sum_rows(rows: Rows, scope: str, scores: TokenScores, assignment: torch.Tensor) -> RowScores:
+    """Row sums over scored positions; bytes and characters are those of the predicted tokens."""
+    scored = scores.scored
+    nll = np.where(scored, scores.nll, 0).astype(np.float64)
+    return RowScores(
+        rows=rows,
+        scope=scope,
+        loss_nats=nll.sum(1),
+        correct=(scores.correct & scored).sum(1),
+        tokens=scored.sum(1),
+        num_bytes=(rows.token_bytes[:, 1:] * scored).sum(1),
+        num_chars=(rows.token_chars[:, 1:] * scored).sum(1),
+        last_partition=assignment[:, -1].numpy(),
+    )
+
+
+@torch.inference_mode()
+def router_scores(
+    model: TieredForCausalLM,
+    input_ids: np.ndarray,
+    batch_rows: int,
+    allowed: list[int] | None = None,
+) -> torch.Tensor:
+    """Partition scores (R, S, N) of every scored position, on the CPU."""
+    device = next(model.partitions.parameters()).device
+    ids = torch.from_numpy(np.ascontiguousarray(input_ids[:, :-1]))
+    parts = [
+        model.partition_scores(batch.to(device), allowed_partitions=allowed).cpu()
+        for batch in ids.split(batch_rows)
+    ]
+    return torch.cat(parts)
+
+
+def assignments(
+    scores: torch.Tensor, scopes: Iterable[str], config: Config, oracle: int | None
+) -> dict[str, torch.Tensor]:
+    """Partition (R, S) per scope; an undefined oracle is left out; -1 marks unscored positions."""
+    chosen = {}
+    for scope in scopes:
+        if scope == "oracle":
+            if oracle is not None:
+                chosen[scope] = torch.full(scores.shape[:2], oracle)
+            continue
+        chosen[scope] = assign(scores, scope, config.router.context_tokens)
+        if scope == "sample" and config.router.early_positions == "skip":
+            chosen[scope][:, : config.router.context_tokens - 1] = -1
+    return chosen
+
+
+def score_domain(
+    config: Config,
+    model: TieredForCausalLM,
+    rows: Rows,
+    scopes: Iterable[str],
+    oracle: int | None = None,
+    allowed: list[int] | None = None,
+    cache: ScoreCache | None = None,
+) -> tuple[dict[str, RowScores], torch.Tensor]:
+    """Row scores per scope, and the router's scores (R, S, N)."""
+    scores = router_scores(model, rows.input_ids, config.eval.batch_rows, allowed)
+    chosen = assignments(scores, scopes, config, oracle)
+    found = score_rows(model, rows.input_ids, chosen, config.eval.batch_rows, cache)
+    return {s: sum_rows(rows, s, found[s], chosen[s]) for s in chosen}, scores
+
+
+def rows_table(scores: Iterable[RowScores], **columns: str) -> pa.Table:
+    """Per-row scores as one Arrow table: every statistic can be recomputed from it."""
+    tables = []
+    for s in scores:
+        n = len(s.loss_nats)
+        constant = {"domain": s.rows.domain, "split": s.rows.split, "scope": s.scope, **columns}
+        tables.append(
+            pa.table(
+                {
+                    **{k: pa.array([v] * n, pa.string()) for k, v in constant.items()},
+                    "document_id": pa.array(list(s.rows.document_ids), pa.string()),
+                    "occurrences": s.rows.occurrences,
+                    "loss_nats": s.loss_nats,
+                    "correct": s.correct.astype(np.int64),
+                    "tokens": s.tokens.astype(np.int64),
+                    "bytes": s.num_bytes.astype(np.int64),
+                    "characters": s.num_chars.astype(np.int64),
+                    "last_partition": s.last_partition.astype(np.int64),
+                }
+            )
+        )
+    return pa.concat_tables(tables)
+
+
+def write_rows(path: Any, table: pa.Table) -> None:
+    """Write a rows table as parquet, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    pq.write_table(table, temporary)
+    temporary.replace(path)
+
+
+def unigram_bpb(data: ProcessedData, rows: Rows) -> float:
+    """Bits per byte of the domain's add-one smoothed unigram on the same scored tokens."""
+    log_probs = unigram_log_probs(data, rows.domain)
+    loss = -log_probs[rows.input_ids[:, 1:]].sum()
+    return bits_per_byte(float(loss), float(rows.token_bytes[:, 1:].sum()))
+
+
+def utility_of(scores: RowScores) -> dict[str, float]:
+    """Utility figures of one domain under one scope."""
+    nats = float(scores.loss_nats.sum())
+    return {
+        "bpb": round(scores.bpb(), 6),
+        "bits_per_character": round(nats / (math.log(2) * float(scores.num_chars.sum())), 6),
+        "perplexity": round(math.exp(nats / float(scores.tokens.sum())), 4),
+        "accuracy": round(scores.accuracy(), 6),
+        "tokens": int(scores.tokens.sum()),
+    }
+
+
+def routing_accuracy(
+    scores: torch.Tensor, partition: int, context_lengths: Iterable[int]
+) -> dict[str, float]:
+    """Share of rows whose prefix of each length is routed to the domain's partition."""
+    chosen = scores.argmax(-1)
+    lengths = [c for c in context_lengths if c <= scores.shape[1]]
+    return {str(c): float((chosen[:, c - 1] == partition).float().mean()) for c in lengths}
+
+
+def evaluate(
+    config: Config,
+    data: ProcessedData,
+    partitions: PartitionMap,
+    model: TieredForCausalLM,
+    cache: ScoreCache | None = None,
+    progress: Any = iter,
+) -> tuple[dict[str, Any], pa.Table]:
+    """utility.json's content and the per-row table of a tiered model."""
+    domains, tables, decided = {}, [], []
+    for domain in progress(data.domains):
+        rows = data.rows(domain, config.eval.split, config.eval.rows_per_domain)
+        oracle = None if partitions.by_document else partitions.partition_of(domain)
+        found, scores = score_domain(config, model, rows, config.eval.scopes, oracle, cache=cache)
+        domains[domain] = _domain_entry(config, data, rows, found, scores, oracle)
+        tables.append(rows_table(found.values()))
+        decided.append(assign(scores, "sample", config.router.context_tokens)[:, -1].numpy())
+    result = {
+        "schema": 1,
+        "split": config.eval.split,
+        "partitions": [list(group) for group in partitions.members],
+        "method": partitions.method,
+        "domains": domains,
+        "macro": _macro(domains, config.eval.scopes),
+        "routing": _routing(data.domains, partitions, decided),
+    }
+    return result, pa.concat_tables(tables)
+
+
+def _domain_entry(
+    config: Config,
+    data: ProcessedData,
+    rows: Rows,
+    found: dict[str, RowScores],
+    scores: torch.Tensor,
+    oracle: int | None,
+) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "rows": len(rows.document_ids),
+        "bytes": int(rows.token_bytes[:, 1:].sum()),
+        "unigram_bpb": round(unigram_bpb(data, rows), 6),
+        "scopes": {},
+        "routing_accuracy": UNDEFINED,
+    }
+    for scope in config.eval.scopes:
+        defined = scope in found and float(rows.unk_share.mean()) <= MAX_UNK_SHARE
+        entry["scopes"][scope] = utility_of(found[scope]) if defined else UNDEFINED
+    if oracle is not None:
+        entry["routing_accuracy"] = routing_accuracy(scores, oracle, config.eval.context_lengths)
+    return entry
+
+
+def _macro(domains: dict[str, Any], scopes: Iterable[str]) -> dict[str, Any]:
+    """Mean over the domains whose figure is defined, with their number."""
+    macro = {}
+    for scope in scopes:
+        cells = [(d["scopes"][scope], d["unigram_bpb"]) for d in domains.values()]
+        cells = [(c, u) for c, u in cells if c != UNDEFINED]
+        if not cells:
+            macro[scope] = UNDEFINED
+            continue
+        names = ("bpb", "bits_per_character", "perplexity", "accuracy")
+        macro[scope] = {n: round(float(np.mean([c[n] for c, _ in cells])), 6) for n in names}
+        gains = [1 - c["bpb"] / u for c, u in cells]
+        macro[scope] |= {
+            "gain_over_unigram": round(float(np.mean(gains)), 6),
+            "domains": len(cells),
+        }
+    macro["unigram_bpb"] = round(float(np.mean([d["unigram_bpb"] for d in domains.values()])), 6)
+    return macro
+
+
+def _routing(
+    domains: tuple[str, ...], partitions: PartitionMap, decided: list[np.ndarray]
+) -> dict[str, Any]:
+    """Confusion (domain x partition, rows) of sample routing, its accuracy and NMI."""
+    confusion = [np.bincount(k, minlength=partitions.n).tolist() for k in decided]
+    labels = np.concatenate([np.full(len(k), i) for i, k in enumerate(decided)])
+    routing: dict[str, Any] = {
+        "confusion": confusion,
+        "nmi": round(partition_nmi(labels, np.concatenate(decided)), 6),
+        "maximal_nmi": round(maximal_nmi(partitions.n, len(domains)), 6),
+        "sample_accuracy": UNDEFINED,
+    }
+    if not partitions.by_document:
+        hits = [row[partitions.partition_of(d)] for d, row in zip(domains, confusion, strict=True)]
+        routing["sample_accuracy"] = round(sum(hits) / len(labels), 6)
+    return routing

@@ -1,0 +1,521 @@
+"""Level 1 and Level 2 as one causal language model: a deterministic router over partition models.
+
+Router: a small causal LM's hidden states (or hashed n-grams); the embedding of a prefix is the
+running mean over its tokens, compared by cosine with centroids. No trained gate. The position that
+predicts token t+1 is routed by tokens 0..t and never by a later one.
+
+Shapes: B batch, T tokens, D hidden of the Level-1 embedder, N partitions (configured), C centroids,
+V vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import ModelOutput
+
+SCOPES = ("oracle", "token", "sample")
+
+
+class Level1Config(PreTrainedConfig):
+    """Configuration of the Level-1 embedder (`transformer` or `hashed_ngrams`)."""
+
+    model_type = "level1_embedder"
+
+    def __init__(
+        self,
+        embedder: str = "transformer",
+        vocab_size: int = 4096,
+        hidden_size: int = 64,
+        num_hidden_layers: int = 1,
+        num_attention_heads: int = 2,
+        max_position_embeddings: int = 128,
+        ngram_buckets: int = 4096,
+        ngram_max: int = 2,
+        pad_token_id: int | None = None,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        if hidden_size % num_attention_heads:
+            raise ValueError(
+                f"hidden_size {hidden_size} is not a multiple of num_attention_heads"
+                f" {num_attention_heads}"
+            )
+        self.embedder = embedder
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.max_position_embeddings = max_position_embeddings
+        self.ngram_buckets = ngram_buckets
+        self.ngram_max = ngram_max
+        self.initializer_range = initializer_range
+        super().__init__(pad_token_id=pad_token_id, **kwargs)
+
+
+class Level1Layer(nn.Module):
+    """Pre-norm transformer layer with an explicit causal mask."""
+
+    def __init__(self, config: Level1Config) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.attention_norm = nn.LayerNorm(d)
+        self.qkv = nn.Linear(d, 3 * d)
+        self.out = nn.Linear(d, d)
+        self.mlp_norm = nn.LayerNorm(d)
+        self.up = nn.Linear(d, 4 * d)
+        self.down = nn.Linear(4 * d, d)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """x (B, T, D), mask (B, 1, T, T) True where a key may be seen."""
+        b, t, d = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(b, t, 3, self.num_heads, d // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D/heads)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.out(attended.transpose(1, 2).reshape(b, t, d))
+        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+
+
+class Level1Embedder(PreTrainedModel):
+    """The embedder LM: trained as a language model, used through its hidden states only."""
+
+    config: Level1Config
+    config_class = Level1Config
+    base_model_prefix = "level1"
+
+    def __init__(self, config: Level1Config) -> None:
+        super().__init__(config)
+        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(Level1Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear):
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    def hidden_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Final hidden states (B, T, D); padding on either side changes no valid position."""
+        mask = _valid(input_ids, attention_mask)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        t = input_ids.shape[1]
+        causal = torch.ones(t, t, dtype=torch.bool, device=input_ids.device).tril()
+        # A padded query would see nothing at all (softmax over the empty set): let it see itself.
+        itself = torch.eye(t, dtype=torch.bool, device=input_ids.device)
+        visible = (causal & mask[:, None, None, :]) | itself  # (B, 1, T, T)
+        x = self.tokens(input_ids) + self.positions(positions)
+        for layer in self.layers:
+            x = layer(x, visible)
+        return self.norm(x)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        """Next-token logits (B, T, V) through the tied embedding; loss in nats if labelled."""
+        logits = self.hidden_states(input_ids, attention_mask) @ self.tokens.weight.T
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def prefix_embeddings(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Running mean of the hidden states of tokens 0..t, (B, T, D) float32."""
+        mask = _valid(input_ids, attention_mask)[..., None].float()
+        states = self.hidden_states(input_ids, attention_mask).float()
+        return (states * mask).cumsum(1) / mask.cumsum(1).clamp(min=1)
+
+    def row_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embedding of whole rows (B, D): the prefix embedding at the last token."""
+        return self.prefix_embeddings(input_ids)[:, -1]
+
+    def similarities(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, centroids: torch.Tensor
+    ) -> torch.Tensor:
+        """Cosine (B, T, C) of every prefix with every centroid."""
+        prefixes = F.normalize(self.prefix_embeddings(input_ids, attention_mask), dim=-1)
+        return prefixes @ F.normalize(centroids, dim=-1).T
+
+
+class HashedNgrams(nn.Module):
+    """Untrained embedder: counts of hashed token n-grams.
+
+    A centroid depends on its own domain alone, so dropping it (S1) leaves what a rebuild without
+    the domain (S2) makes.
+    """
+
+    def __init__(self, config: Level1Config) -> None:
+        super().__init__()
+        self.config = config
+
+    def buckets(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
+        """Bucket of the n-gram that ends at each token, per length: (B, T), -1 where none ends."""
+        found, code = [], torch.zeros_like(input_ids)
+        for length in range(1, self.config.ngram_max + 1):
+            shifted = F.pad(input_ids, (length - 1, 0))[:, : input_ids.shape[1]]
+            # A polynomial hash modulo a prime below 2^31 keeps int64 products exact.
+            code = (code * 1_000_003 + shifted + 7 * length) % 2_147_483_629
+            bucket = code % self.config.ngram_buckets
+            bucket[:, : length - 1] = -1
+            found.append(bucket)
+        return found
+
+    def row_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Bucket counts of whole rows, (B, buckets) float32."""
+        counts = torch.zeros(len(input_ids), self.config.ngram_buckets, device=input_ids.device)
+        for bucket in self.buckets(input_ids):
+            counts.scatter_add_(1, bucket.clamp(min=0), (bucket >= 0).float())
+        return counts
+
+    def similarities(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, centroids: torch.Tensor
+    ) -> torch.Tensor:
+        """Cosine (B, T, C) of every prefix's counts with every centroid; no (B, T, buckets)."""
+        if attention_mask is not None and not bool(attention_mask.all()):
+            return self._similarities_padded(input_ids, attention_mask, centroids)
+        unit = F.normalize(centroids, dim=-1)
+        dot = torch.zeros(*input_ids.shape, len(unit), device=input_ids.device)
+        ends, valid = [], []
+        for bucket in self.buckets(input_ids):
+            present = bucket >= 0
+            dot += unit.T[bucket.clamp(min=0)] * present[..., None]
+            ends.append(bucket)
+            valid.append(present)
+        # |counts|^2 of a prefix grows by 2c + 1 when a bucket seen c times comes once more.
+        t = input_ids.shape[1]
+        stacked = torch.stack(ends, -1).flatten(1)  # (B, T * lengths), in order of arrival
+        live = torch.stack(valid, -1).flatten(1)
+        same = (stacked[:, :, None] == stacked[:, None, :]) & live[:, None, :] & live[:, :, None]
+        earlier = same.tril(-1).sum(-1)
+        growth = ((2 * earlier + 1) * live).view(len(input_ids), t, -1).sum(-1)
+        norm = growth.cumsum(1).clamp(min=1).sqrt()
+        return dot.cumsum(1) / norm[..., None]
+
+    def _similarities_padded(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, centroids: torch.Tensor
+    ) -> torch.Tensor:
+        """Row by row without its padding; padded positions are 0."""
+        out = torch.zeros(*input_ids.shape, len(centroids), device=input_ids.device)
+        for row, mask in enumerate(attention_mask.bool()):
+            if mask.any():
+                out[row, mask] = self.similarities(input_ids[row, mask][None], None, centroids)[0]
+        return out
+
+
+def make_embedder(config: Level1Config) -> nn.Module:
+    """The embedder module of a Level-1 config."""
+    kinds = {"transformer": Level1Embedder, "hashed_ngrams": HashedNgrams}
+    if config.embedder not in kinds:
+        raise ValueError(f"embedder: {config.embedder!r} is not one of {', '.join(kinds)}")
+    return kinds[config.embedder](config)
+
+
+def _valid(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    return attention_mask.bool()
+
+
+class Level1Router(nn.Module):
+    """Embedder and centroids: a partition for every prefix.
+
+    `centroid_partition[c]` is the partition of centroid c; a partition without centroid can never
+    be chosen. A partition's score is the largest cosine among its centroids.
+    """
+
+    def __init__(self, config: Level1Config, num_partitions: int, num_centroids: int) -> None:
+        super().__init__()
+        width = config.hidden_size if config.embedder == "transformer" else config.ngram_buckets
+        self.embedder = make_embedder(config)
+        self.num_partitions = num_partitions
+        self.register_buffer("centroids", torch.zeros(num_centroids, width))
+        self.register_buffer("centroid_partition", torch.zeros(num_centroids, dtype=torch.long))
+
+    def scores(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Score (B, T, N) of every partition for the prefix ending at t; -inf without centroid."""
+        cosines = self.embedder.similarities(input_ids, attention_mask, self.centroids)
+        scores = cosines.new_full((*input_ids.shape, self.num_partitions), -torch.inf)
+        index = self.centroid_partition.expand(*input_ids.shape, -1)
+        return scores.scatter_reduce(-1, index, cosines, "amax")
+
+    def remove_partition(self, k: int) -> None:
+        """Delete every centroid of partition k."""
+        keep = self.centroid_partition != k
+        self.centroids, self.centroid_partition = (
+            self.centroids[keep].clone(),
+            self.centroid_partition[keep].clone(),
+        )
+
+
+def assign(
+    scores: torch.Tensor,
+    scope: str,
+    context_tokens: int,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Partition (B, T) that predicts the token after position t; ties go to the lowest index.
+
+    `token`: every position by its own prefix. `sample`: positions from context_tokens - 1 on by
+    the prefix of context_tokens tokens; earlier ones as under `token`, since a choice may not
+    depend on text it has not seen.
+    """
+    chosen = scores.argmax(-1)  # torch returns the first of equal maxima
+    if scope == "token":
+        return chosen
+    if scope != "sample":
+        raise ValueError(f"scope: {scope!r} is not one of token, sample")
+    b, t = chosen.shape
+    count = _valid(chosen, attention_mask).cumsum(1)  # tokens seen so far, padding apart
+    decided = count >= context_tokens
+    first = torch.where(decided.any(1), decided.int().argmax(1), t - 1)  # (B,)
+    return torch.where(decided, chosen.gather(1, first[:, None]).expand(b, t), chosen)
+
+
+@dataclass
+class PrefixGroup:
+    """Rows that need one partition's model up to one length (a power of two or T)."""
+
+    rows: torch.Tensor
+    length: int
+
+
+def prefix_groups(needed: torch.Tensor, total: int) -> Iterator[PrefixGroup]:
+    """Rows grouped by the prefix a model has to read: needed (B,) positions, 0 = row not needed.
+
+    Lengths are rounded up to powers of two, so that short prefixes cost little and groups stay
+    few; rows keep their order.
+    """
+    rounded = torch.where(needed > 0, 2 ** torch.ceil(torch.log2(needed.clamp(min=1).double())), 0)
+    rounded = rounded.long().clamp(max=total)
+    for length in sorted(set(rounded.tolist()) - {0}):
+        yield PrefixGroup(torch.nonzero(rounded == length)[:, 0], length)
+
+
+def needed_positions(assignment: torch.Tensor, k: int) -> torch.Tensor:
+    """Positions (B,) that partition k's model has to read: up to the last one that chose it."""
+    t = assignment.shape[1]
+    places = torch.arange(1, t + 1, device=assignment.device)
+    return ((assignment == k) * places).amax(1)
+
+
+class TieredConfig(PreTrainedConfig):
+    """Configuration of a tiered model.
+
+    partitions: configured domains of each partition; partition_configs: model config per present
+    partition (keys are indices as text); level1: the embedder's config; centroid_domains: the
+    domain (or `None`) of each centroid.
+    """
+
+    model_type = "tiered"
+
+    def __init__(
+        self,
+        partitions: list[list[str]] | None = None,
+        partition_configs: dict[str, dict] | None = None,
+        level1: dict | None = None,
+        centroid_domains: list | None = None,
+        scope: str = "token",
+        context_tokens: int = 32,
+        early_positions: str = "token",
+        vocab_size: int = 4096,
+        **kwargs: Any,
+    ) -> None:
+        if scope not in SCOPES:
+            raise ValueError(f"scope: {scope!r} is not one of {', '.join(SCOPES)}")
+        self.partitions = partitions or []
+        self.partition_configs = partition_configs or {}
+        self.level1 = level1 or {}
+        self.centroid_domains = centroid_domains or []
+        self.scope = scope
+        self.context_tokens = context_tokens
+        self.early_positions = early_positions
+        self.vocab_size = vocab_size
+        super().__init__(**kwargs)
+
+
+@dataclass
+class TieredOutput(ModelOutput):
+    """Routed prediction: loss in nats per scored token, logits (B, T, V), partition (B, T)."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    partition: torch.LongTensor | None = None
+
+
+class TieredForCausalLM(PreTrainedModel):
+    """p(x_{t+1} | x_0..t) of the partition model that the router picks for the prefix 0..t."""
+
+    config: TieredConfig
+    config_class = TieredConfig
+    base_model_prefix = "tiered"
+
+    def __init__(self, config: TieredConfig) -> None:
+        super().__init__(config)
+        level1 = Level1Config(**config.level1)
+        self.router = Level1Router(level1, len(config.partitions), len(config.centroid_domains))
+        self.partitions = nn.ModuleDict(
+            {
+                k: AutoModelForCausalLM.from_config(_partition_config(c))
+                for k, c in sorted(config.partition_configs.items(), key=lambda item: int(item[0]))
+            }
+        )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Weights come from the parts, which initialise themselves."""
+
+    @classmethod
+    def from_parts(
+        cls, config: TieredConfig, router: Level1Router, models: dict[int, PreTrainedModel]
+    ) -> "TieredForCausalLM":
+        """A tiered model around existing modules, without copying them."""
+        config.partition_configs = {}
+        model = cls(config)
+        model.router = router
+        model.partitions = nn.ModuleDict({str(k): models[k] for k in sorted(models)})
+        config.partition_configs = {k: m.config.to_dict() for k, m in model.partitions.items()}
+        return model.eval()
+
+    @property
+    def present(self) -> list[int]:
+        """Indices of the partitions that have a model."""
+        return [int(k) for k in self.partitions]
+
+    def partition_scores(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        allowed_partitions: list[int] | None = None,
+    ) -> torch.Tensor:
+        """Router scores (B, T, N); -inf for partitions that are absent or not allowed."""
+        usable = torch.zeros(len(self.config.partitions), dtype=torch.bool, device=input_ids.device)
+        usable[self.present] = True
+        if allowed_partitions is not None:
+            keep = torch.zeros_like(usable)
+            keep[list(allowed_partitions)] = True
+            usable &= keep
+        if not usable.any():
+            raise ValueError(f"no partition is left to route to (present: {self.present})")
+        if usable.sum() == 1:  # nothing to decide: the router is not run
+            return torch.where(usable, 0.0, -torch.inf).expand(*input_ids.shape, -1)
+        scores = self.router.scores(input_ids, attention_mask)
+        return scores.masked_fill(~usable, -torch.inf)
+
+    def assign(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        scope: str | None = None,
+        allowed_partitions: list[int] | None = None,
+    ) -> torch.Tensor:
+        """Partition (B, T) of every position under `token` or `sample` scope."""
+        scores = self.partition_scores(input_ids, attention_mask, allowed_partitions)
+        scope = scope or self.config.scope
+        return assign(scores, scope, self.config.context_tokens, attention_mask)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        scope: str | None = None,
+        partition: torch.Tensor | int | None = None,
+        allowed_partitions: list[int] | None = None,
+        **kwargs: Any,
+    ) -> TieredOutput:
+        """Routed logits (B, T, V); only partitions that are chosen somewhere are run.
+
+        partition: (B,) or one index, required by (and only read under) scope `oracle`. A model
+        reads a row up to the last position that chose it.
+        """
+        scope = scope or self.config.scope
+        if scope == "oracle":
+            if partition is None:
+                raise ValueError("scope oracle needs `partition`, an index per row")
+            partition = torch.as_tensor(partition, device=input_ids.device)
+            chosen = partition.view(-1, 1).expand(*input_ids.shape)
+        else:
+            chosen = self.assign(input_ids, attention_mask, scope, allowed_partitions)
+        logits = None
+        for k in self._chosen_partitions(chosen):
+            for group in prefix_groups(needed_positions(chosen, k), input_ids.shape[1]):
+                part = self._run(k, input_ids, attention_mask, group)
+                if logits is None:
+                    logits = part.new_zeros(*input_ids.shape, part.shape[-1])
+                here = chosen[group.rows, : group.length] == k
+                target = logits[group.rows]
+                target[:, : group.length][here] = part[here]
+                logits[group.rows] = target
+        loss = self._loss(logits, labels) if labels is not None else None
+        return TieredOutput(loss=loss, logits=logits, partition=chosen)
+
+    def _chosen_partitions(self, chosen: torch.Tensor) -> list[int]:
+        wanted = sorted(set(chosen.flatten().tolist()))
+        missing = [k for k in wanted if str(k) not in self.partitions]
+        if missing:
+            raise ValueError(f"partition {missing[0]} has no model (present: {self.present})")
+        return wanted
+
+    def _run(
+        self,
+        k: int,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        group: PrefixGroup,
+    ) -> torch.Tensor:
+        """Logits (rows, length, V) of partition k's model on one group of prefixes."""
+        mask = None if attention_mask is None else attention_mask[group.rows, : group.length]
+        return self.partitions[str(k)](
+            input_ids=input_ids[group.rows, : group.length], attention_mask=mask
+        ).logits
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+
+    def remove_partition(self, k: int) -> None:
+        """Delete partition k's model and centroids; indices of the others do not shift.
+
+        Removing it again is a no-op. ValueError if no partition would be left.
+        """
+        if str(k) not in self.partitions:
+            return
+        if len(self.partitions) == 1:
+            raise ValueError("removing the last partition would leave no model")
+        keep = [c for c, p in enumerate(self.router.centroid_partition.tolist()) if p != k]
+        self.config.centroid_domains = [self.config.centroid_domains[c] for c in keep]
+        self.router.remove_partition(k)
+        del self.partitions[str(k)]
+        self.config.partition_configs.pop(str(k), None)
+
+
+def _partition_config(config: dict[str, Any]) -> PreTrainedConfig:
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    return AutoConfig.for_model(config["model_type"], **values)
+
+
+for _config, _model in ((Level1Config, Level1Embedder), (TieredConfig, TieredForCausalLM)):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _model, exist_ok=True)

@@ -1,0 +1,116 @@
+"""The run record: what was run, on what, with which versions; written first, before any work."""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from tiered.config import Config, plain
+from tiered.store import TIMINGS, read_json, write_json, write_text
+
+LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
+
+
+def set_threads(config: Config) -> None:
+    """Fix torch's CPU thread count: some sums depend on it, so it is part of every hash."""
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+
+
+def device_of(config: Config) -> torch.device:
+    """The device of a config: cuda when present and allowed, else cpu."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def environment(config: Config) -> dict[str, Any]:
+    """What bit-exactness depends on besides inputs; part of every artefact's hash."""
+    return {
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": config.threads or os.cpu_count(),
+        "device": device_of(config).type,
+    }
+
+
+def start(config: Config, stage: str) -> None:
+    """Write config.yaml and record.json of the run folder, before the stage does any work."""
+    set_threads(config)
+    folder = config.run_dir
+    text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+    write_text(folder / "config.yaml", text)
+    path = folder / "record.json"
+    record = read_json(path) if path.is_file() else {}
+    record[stage] = {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git": _git_state(),
+        "python": platform.python_version(),
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "environment": environment(config),
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+    }
+    write_json(path, record)
+
+
+def _git_state() -> str:
+    """Commit of the code, with `+changes` if the tree differs from it; `unknown` outside git."""
+    root = Path(__file__).parent
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(root, "status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=root, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@dataclasses.dataclass
+class Timer:
+    """Wall seconds of a block, filled in when it ends."""
+
+    seconds: float = 0.0
+
+
+@contextmanager
+def timed(config: Config, stage: str) -> Iterator[Timer]:
+    """Time a block and note seconds, date and peak memory in the run's timings.json."""
+    timer, begin = Timer(), time.perf_counter()
+    yield timer
+    timer.seconds = time.perf_counter() - begin
+    path = config.run_dir / TIMINGS
+    timings = read_json(path) if path.is_file() else {}
+    timings[stage] = {
+        "seconds": round(timer.seconds, 3),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "host": platform.node(),
+    }
+    write_json(path, timings)
+
+
+def note_provenance(config: Config, artefacts: dict[str, Any]) -> None:
+    """Note in provenance.json which domains' data touched which artefact of the run."""
+    path = config.run_dir / "provenance.json"
+    known = read_json(path) if path.is_file() else {}
+    write_json(path, {**known, **artefacts})

@@ -1,0 +1,544 @@
+"""Tables, plots and one self-contained page from finished runs.
+
+    python -m tiered.report runs/quickstart-n01 runs/quickstart-n16 --output runs/report
+
+Reads each run's config.yaml, metrics.json, eval/utility.json, models/<k>/record.json and the
+timings; writes tables/*.md, tables/*.csv, plots/*.png, plots/*.svg and index.html. Nothing is
+computed here that is not a mean, a ratio or a comparison of stored numbers.
+"""
+
+import argparse
+import base64
+import csv
+import html
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import yaml
+
+from tiered.store import UserError, read_json, write_text
+
+MARKERS = {"oracle": ("o", "-"), "token": ("s", "--"), "sample": ("^", ":")}
+NAMED = {"name": "experiment", "n": "n", "method": "partition"}
+
+
+@dataclass
+class Run:
+    """One finished experiment."""
+
+    folder: Path
+    config: dict[str, Any]
+    utility: dict[str, Any]
+    unlearning: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.config["name"]
+
+    @property
+    def n(self) -> int:
+        return int(self.config["partition"]["n"])
+
+    @property
+    def scope(self) -> str:
+        """The scope that unlearning is measured under."""
+        return self.config["router"]["scope"]
+
+    @property
+    def label(self) -> str:
+        return f"n = {self.n} ({self.config['partition']['method']})"
+
+
+def load_run(folder: Path) -> Run:
+    """A run with utility and, if it was measured, unlearning."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: not a run folder (config.yaml is missing)")
+    if not (folder / "eval" / "utility.json").is_file():
+        raise UserError(f"{folder}: no utility yet; run: python eval_det_router.py CONFIG")
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    metrics = folder / "metrics.json"
+    unlearning = read_json(metrics)["unlearning"] if metrics.is_file() else {}
+    return Run(folder, config, read_json(folder / "eval" / "utility.json"), unlearning)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def cell(value: Any, digits: int = 3) -> str:
+    """A number, an interval with its bounds, or the word that stands for it."""
+    if isinstance(value, dict):
+        return (
+            f"{value['value']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+        )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return value if isinstance(value, str) else f"{value:.{digits}f}"
+
+
+def size_table(runs: list[Run]) -> list[dict[str, str]]:
+    """T1: parameters, tokens and steps of every run, summed over partition models."""
+    rows = []
+    for run in runs:
+        paths = sorted((run.folder / "models").glob("*/record.json"))
+        records = [read_json(path) for path in paths]
+        counts = [record["parameters"] for record in records]
+        steps = sorted({record["optimizer_steps"] for record in records})
+        rows.append(
+            {
+                "experiment": run.name,
+                "n": str(run.n),
+                "models": str(len(records)),
+                "parameters, all models": cell(sum(c["total"] for c in counts)),
+                "non-embedding": cell(sum(c["non_embedding"] for c in counts)),
+                "computed per token, one model": cell(counts[0]["computed_per_token"]),
+                "selected per token, one model": cell(counts[0]["selected_per_token"]),
+                "FLOPs per token, forward": cell(counts[0]["forward_flops_per_token"]),
+                "training tokens": cell(sum(record["tokens"] for record in records)),
+                "optimizer steps per model": f"{steps[0]:,} to {steps[-1]:,}",
+                "batch rows": str(records[0]["batch_rows"]),
+            }
+        )
+    return rows
+
+
+def macro_table(runs: list[Run]) -> list[dict[str, str]]:
+    """T2, macro: utility under every routing scope."""
+    rows = []
+    for run in runs:
+        for scope in run.config["eval"]["scopes"]:
+            figures = run.utility["macro"][scope]
+            row = {"experiment": run.name, "n": str(run.n), "routing": scope}
+            if isinstance(figures, str):
+                rows.append({**row, "bits per byte": figures})
+                continue
+            rows.append(
+                {
+                    **row,
+                    "bits per byte": cell(figures["bpb"]),
+                    "unigram": cell(run.utility["macro"]["unigram_bpb"]),
+                    "below unigram": f"{figures['gain_over_unigram']:.1%}",
+                    "bits per character": cell(figures["bits_per_character"]),
+                    "accuracy": cell(figures["accuracy"]),
+                    "routing accuracy": cell(run.utility["routing"]["sample_accuracy"]),
+                }
+            )
+    return _same_columns(rows)
+
+
+def domain_table(runs: list[Run]) -> list[dict[str, str]]:
+    """T2, per domain: bits per byte under the unlearning scope."""
+    rows = []
+    for domain in runs[0].utility["domains"]:
+        row = {"domain": domain}
+        for run in runs:
+            entry = run.utility["domains"].get(domain)
+            row["unigram"] = cell(entry["unigram_bpb"]) if entry else "none"
+            figures = entry["scopes"][run.scope] if entry else "none"
+            row[f"{run.name}"] = figures if isinstance(figures, str) else cell(figures["bpb"])
+        rows.append(row)
+    return rows
+
+
+def unlearning_table(run: Run, forget: str) -> list[dict[str, str]]:
+    """T3: every operation on one forget domain of one run."""
+    rows = []
+    for name, r in run.unlearning[forget].items():
+        row = {"n": str(run.n), "operation": name}
+        if "result" in r:
+            rows.append({**row, "UA": r["result"]})
+            continue
+        timings = read_json(run.folder / "unlearn" / forget / name / "timings.json")
+        attacks = {f"AUC LOSS {k}": cell(v) for k, v in _attack_columns(r["AUC"]["LOSS"])}
+        rows.append(
+            {
+                **row,
+                "UA": cell(r["UA"]),
+                "UA_norm": cell(r["UA_norm"]),
+                "RA near": cell(r["RA"]["near"]),
+                "RA far": cell(r["RA"]["far"]),
+                "TA near": cell(r["TA"]["near"]),
+                "TA far": cell(r["TA"]["far"]),
+                "TA_f": cell(r["TA_f"]),
+                "MIA efficacy": cell(r["MIA_efficacy"]),
+                "bpb test f": cell(r["bpb"]["test"]),
+                "bpb near": cell(r["bpb"]["retain"]["near"]),
+                "bpb far": cell(r["bpb"]["retain"]["far"]),
+                **attacks,
+                "AUC reference all": cell(r["AUC"]["reference"]["all"]),
+                "AUC router": cell(r["router_AUC"]),
+                "gap to gold": cell(r["gap_to_gold"]),
+                "far rows changed": r["far_rows_changed"],
+                "exact": cell(r["exact"]),
+                "exact given": ", ".join(r["exact_given"]) or ("nothing" if r["exact"] else "-"),
+                "weights removed": cell(r["weights_removed"]),
+                "tokens": cell(r["cost"]["tokens"]),
+                "tokens / gold": cell(r["cost"]["tokens_relative_to_gold"]),
+                "RTE s": cell(timings["RTE_seconds"]) + (" reused" if timings["reused"] else ""),
+            }
+        )
+    return _same_columns(rows)
+
+
+def _attack_columns(cells: dict[str, Any]) -> list[tuple[str, Any]]:
+    names = {"all": "all", "1": "plain"}
+    return [(names.get(k, f"x{k}"), v) for k, v in cells.items()]
+
+
+def floor_table(runs: list[Run]) -> list[dict[str, str]]:
+    """Floors below which a run is a toy: utility, routing, power of the attack."""
+    rows = []
+    for run in runs:
+        cells = run.utility["domains"]
+        figures = {d: c["scopes"][run.scope] for d, c in cells.items()}
+        below = [
+            d for d, f in figures.items() if f != "undefined" and f["bpb"] < cells[d]["unigram_bpb"]
+        ]
+        gain = run.utility["macro"][run.scope]["gain_over_unigram"]
+        length = run.config["router"]["context_tokens"]
+        accuracy = _accuracy_at(run, length)
+        rows.append(
+            _floor(
+                run,
+                f"below the unigram in all {len(cells)} domains",
+                len(below) == len(cells),
+                f"{len(below)}",
+            )
+        )
+        rows.append(
+            _floor(run, "macro gain over the unigram at least 10 %", gain >= 0.10, f"{gain:.1%}")
+        )
+        if isinstance(accuracy, float):
+            rows.append(
+                _floor(
+                    run,
+                    f"routing accuracy at least 95 % after {length} tokens",
+                    accuracy >= 0.95,
+                    f"{accuracy:.1%}",
+                )
+            )
+        for forget, operations in run.unlearning.items():
+            repeated = _most_repeated(operations["original"]["AUC"]["LOSS"])
+            rows.append(
+                _floor(
+                    run,
+                    f"attack has power on repeated members of {forget}",
+                    repeated != "no power",
+                    cell(repeated),
+                )
+            )
+    return rows
+
+
+def _floor(run: Run, claim: str, holds: bool, value: str) -> dict[str, str]:
+    return {"experiment": run.name, "floor": claim, "measured": value, "holds": cell(holds)}
+
+
+def _most_repeated(cells: dict[str, Any]) -> Any:
+    return cells[max((k for k in cells if k != "all"), key=int)]
+
+
+def _accuracy_at(run: Run, length: int) -> float | str:
+    """Mean over domains of the routing accuracy of prefixes of a length."""
+    found = [d["routing_accuracy"] for d in run.utility["domains"].values()]
+    if any(isinstance(f, str) or str(length) not in f for f in found):
+        return "undefined"
+    return float(np.mean([f[str(length)] for f in found]))
+
+
+def _same_columns(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    columns = max(rows, key=len).keys() if rows else []
+    return [{c: row.get(c, "") for c in columns} for row in rows]
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """A Markdown table."""
+    if not rows:
+        return ""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return "\n".join(lines + ["| " + " | ".join(r.values()) + " |" for r in rows]) + "\n"
+
+
+def _csv(rows: list[dict[str, str]]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _html_table(rows: list[dict[str, str]]) -> str:
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(v)}</td>" for v in row.values()) + "</tr>"
+        for row in rows
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class=scroll>{table}</div>"
+
+
+# ---------------------------------------------------------------- plots
+
+
+def plot_utility(runs: list[Run]) -> plt.Figure:
+    """Bits per byte against n, one line per routing scope, the unigram above."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    runs = sorted(runs, key=lambda r: r.n)
+    positions = np.arange(len(runs))
+    for scope, (marker, line) in MARKERS.items():
+        points = [
+            (x, r.utility["macro"][scope]["bpb"])
+            for x, r in enumerate(runs)
+            if isinstance(r.utility["macro"].get(scope), dict)
+        ]
+        if points:
+            axes.plot(
+                *zip(*points, strict=True),
+                marker=marker,
+                ls=line,
+                color="black",
+                mfc="white",
+                label=f"{scope} routing",
+            )
+    axes.plot(
+        positions,
+        [r.utility["macro"]["unigram_bpb"] for r in runs],
+        color="gray",
+        ls="-.",
+        label="unigram of the domain",
+    )
+    axes.set_xticks(positions, [r.label for r in runs])
+    axes.set_ylabel("test loss, macro mean (bits per byte)")
+    axes.set_xlabel("number of strict partitions (partition method)")
+    axes.legend()
+    return figure
+
+
+def removal_cost(run: Run) -> list[float]:
+    """Per forget domain: least token share of a full retrain that any operation needs to be exact
+    with no other domain losing its model."""
+    costs = []
+    for operations in run.unlearning.values():
+        kept = [
+            r["cost"]["tokens_relative_to_gold"]
+            for name, r in operations.items()
+            if "result" not in r
+            and r["exact"]
+            and (name == "sisa" or (name.startswith("delete") and r["RA"]["near"] == "none"))
+        ]
+        if kept:
+            costs.append(min(kept))
+    return costs
+
+
+def plot_tradeoff(runs: list[Run]) -> plt.Figure | None:
+    """Headline: utility against the cost of removing a domain exactly."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    drawn = False
+    for run in sorted(runs, key=lambda r: r.n):
+        costs = removal_cost(run)
+        if not costs:
+            continue
+        drawn = True
+        x, y = float(np.mean(costs)), 100 * run.utility["macro"][run.scope]["gain_over_unigram"]
+        spread = [[x - min(costs)], [max(costs) - x]]
+        axes.errorbar(x, y, xerr=spread, fmt="o", color="black", mfc="white", capsize=3)
+        axes.annotate(run.label, (x, y), textcoords="offset points", xytext=(6, 6))
+    axes.set_xlim(-0.03, 1.12)
+    axes.margins(y=0.25)
+    axes.set_xlabel("cost of removing one domain exactly (tokens, share of a full retrain)")
+    axes.set_ylabel("utility: bits per byte below the unigram (%)")
+    return figure if drawn else None
+
+
+def plot_routing(runs: list[Run]) -> plt.Figure:
+    """Which partition each domain's test rows are routed to."""
+    runs = [r for r in sorted(runs, key=lambda r: r.n) if r.n > 1] or runs
+    widths = [max(4, r.n) for r in runs]
+    figure, grid = plt.subplots(
+        1,
+        len(runs),
+        figsize=(2 + 0.34 * sum(widths), 5),
+        width_ratios=widths,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, run in zip(grid[0], runs, strict=True):
+        counts = np.array(run.utility["routing"]["confusion"], dtype=float)
+        share = counts / counts.sum(1, keepdims=True)
+        image = axes.imshow(share, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+        axes.set_yticks(range(len(share)), list(run.utility["domains"]))
+        axes.set_xticks(range(run.n))
+        axes.set_xlabel("partition")
+        axes.set_title(run.label, fontsize=10)
+    grid[0][0].set_ylabel("domain of the text")
+    figure.colorbar(image, ax=grid[0].tolist(), label="share of test rows")
+    return figure
+
+
+def plot_cost(runs: list[Run]) -> plt.Figure | None:
+    """RTE of every operation, seconds on a log axis, mean over forget domains."""
+    runs = [r for r in sorted(runs, key=lambda r: r.n) if r.unlearning]
+    if not runs:
+        return None
+    names = [n for n in next(iter(runs[0].unlearning.values())) if n != "original"]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    width = 0.8 / len(runs)
+    greys = np.linspace(0.15, 0.85, len(runs))
+    floor = 1e-3
+    for i, run in enumerate(runs):
+        for j, name in enumerate(names):
+            seconds = _mean_seconds(run, name)
+            x = j + (i - (len(runs) - 1) / 2) * width
+            if seconds is None:
+                axes.text(x, floor * 1.3, "n/a", ha="center", fontsize=8, rotation=90)
+                continue
+            label = run.label if j == 0 else None
+            axes.bar(
+                x,
+                max(seconds, floor),
+                width * 0.9,
+                color=str(greys[i]),
+                edgecolor="black",
+                label=label,
+            )
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=floor)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("time to remove one domain (seconds, log)")
+    axes.set_xlabel("operation (n/a: it would remove every model)")
+    axes.legend()
+    return figure
+
+
+def _mean_seconds(run: Run, name: str) -> float | None:
+    found = [
+        read_json(run.folder / "unlearn" / forget / name / "timings.json")["RTE_seconds"]
+        for forget, operations in run.unlearning.items()
+        if "result" not in operations[name]
+    ]
+    return float(np.mean(found)) if found else None
+
+
+# ---------------------------------------------------------------- page
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#111}
+table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #bbb;padding:2px 6px;
+text-align:right;white-space:nowrap}td:first-child,th:first-child{text-align:left}
+th{background:#eee}.scroll{overflow-x:auto;margin:1rem 0}img{max-width:100%}
+"""
+
+
+def build(folders: list[Path], output: Path) -> Path:
+    """Write the report of runs into a folder; returns the page."""
+    runs = sorted((load_run(folder) for folder in folders), key=lambda r: (r.n, r.name))
+    tables = {
+        "Sizes": size_table(runs),
+        "Utility (macro over domains)": macro_table(runs),
+        "Utility per domain (bits per byte, test)": domain_table(runs),
+        "Floors": floor_table(runs),
+    }
+    for forget in dict.fromkeys(f for run in runs for f in run.unlearning):
+        rows = [
+            row for run in runs if forget in run.unlearning for row in unlearning_table(run, forget)
+        ]
+        tables[f"Unlearning {forget}"] = _same_columns(rows)
+    plots = {
+        "Utility against the cost of exact removal": ("tradeoff", plot_tradeoff(runs)),
+        "Bits per byte against the number of partitions": ("utility", plot_utility(runs)),
+        "Where each domain is routed": ("routing", plot_routing(runs)),
+        "Time to remove a domain": ("cost", plot_cost(runs)),
+    }
+    page = [
+        "<!doctype html><html lang=en><meta charset=utf-8>",
+        f"<title>Tiered routing report</title><style>{STYLE}</style>",
+    ]
+    page.append(f"<h1>Tiered routing: {html.escape(', '.join(r.name for r in runs))}</h1>")
+    page.append(
+        "<p>Utility is bits per byte on test rows (lower is better), against each domain's"
+        " add-one smoothed unigram. A removal is exact when every remaining artefact is bit for bit"
+        " the gold retrain's; what that claim rests on stands beside it. Words instead of numbers:"
+        " <i>not applicable</i> (the operation would remove every model), <i>none</i> (no such"
+        " domain), <i>undefined</i>, <i>no power</i> (the attack does not succeed on the original"
+        " model, so its failure elsewhere proves nothing).</p>"
+    )
+    for title, (name, figure) in plots.items():
+        if figure is None:
+            continue
+        page.append(
+            f"<h2>{html.escape(title)}</h2>{_save_plot(figure, output / 'plots', name, title)}"
+        )
+    for title, rows in tables.items():
+        name = "".join(c if c.isalnum() else "_" for c in title.lower()).strip("_")
+        write_text(output / "tables" / f"{name}.md", markdown(rows))
+        write_text(output / "tables" / f"{name}.csv", _csv(rows))
+        page.append(f"<h2>{html.escape(title)}</h2>{_html_table(rows)}")
+    write_text(output / "index.html", "\n".join(page) + "\n</html>\n")
+    return output / "index.html"
+
+
+def _save_plot(figure: plt.Figure, folder: Path, name: str, title: str) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    plt.close(figure)
+    (folder / f"{name}.png").write_bytes(image.getvalue())
+    data = base64.b64encode(image.getvalue()).decode()
+    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument(
+        "--output", type=Path, help="report folder (default: RUN/report, or PARENT/report)"
+    )
+    arguments = parser.parse_args()
+    first = arguments.runs[0]
+    output = arguments.output or (first if len(arguments.runs) == 1 else first.parent) / "report"
+    try:
+        page = build(arguments.runs, output)
+    except (UserError, OSError) as error:
+        raise SystemExit(f"tiered.report: error: {error}") from None
+    print((output / "tables" / "utility__macro_over_domains.md").read_text())
+    for path in sorted((output / "tables").glob("unlearning_*.md")):
+        print(f"{path.stem}\n{_narrow(path.read_text())}")
+    print((output / "tables" / "floors.md").read_text())
+    print(f"page: {page}\nplot: {output / 'plots' / 'tradeoff.png'}")
+
+
+def _narrow(table: str) -> str:
+    """The columns of a wide Markdown table that fit a terminal."""
+    wanted = (
+        "n",
+        "operation",
+        "UA",
+        "UA_norm",
+        "RA far",
+        "bpb test f",
+        "bpb near",
+        "bpb far",
+        "exact",
+        "tokens / gold",
+        "RTE s",
+    )
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in table.strip().splitlines()]
+    keep = [i for i, c in enumerate(rows[0]) if c in wanted]
+    return "\n".join("| " + " | ".join(row[i] for i in keep) + " |" for row in rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""Level 1, training side: embedder, centroids, the run's router folder, loading a tiered model.
+
+runs/<experiment>/router/: config.json and model.safetensors (embedder), centroids.safetensors,
+router.json (domain and partition of every centroid).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tiered.config import Config, plain
+from tiered.data import ProcessedData
+from tiered.modeling_tiered import (
+    Level1Config,
+    Level1Embedder,
+    Level1Router,
+    TieredConfig,
+    TieredForCausalLM,
+)
+from tiered.partition import PartitionMap
+from tiered.record import device_of, environment
+from tiered.store import (
+    UserError,
+    atomic_folder,
+    digest,
+    is_complete,
+    link_tree,
+    read_json,
+    seed_of,
+    verify,
+    write_json,
+)
+from tiered.training import Fit, fit
+
+
+def level1_config(config: Config, data: ProcessedData) -> Level1Config:
+    """Embedder configuration of a config."""
+    section = config.router
+    try:
+        return Level1Config(
+            embedder=section.embedder,
+            vocab_size=data.vocab_size,
+            hidden_size=section.hidden_size,
+            num_hidden_layers=section.num_hidden_layers,
+            num_attention_heads=section.num_attention_heads,
+            max_position_embeddings=config.data.block_size,
+            ngram_buckets=section.ngram_buckets,
+            ngram_max=section.ngram_max,
+            pad_token_id=data.pad_id,
+            eos_token_id=data.separator_id,
+        )
+    except ValueError as error:
+        raise UserError(f"router: {error}") from None
+
+
+def router_blocks(
+    config: Config, data: ProcessedData, domain: str, keep: np.ndarray | None = None
+) -> np.ndarray:
+    """Blocks (rows, T) of a domain's router split."""
+    limit = config.router.tokens_per_domain
+    blocks = data.blocks(domain, "router", keep=keep, limit_tokens=limit)
+    if not len(blocks) and keep is None:
+        raise UserError(
+            f"domain {domain}: its router split is shorter than one block of"
+            f" {config.data.block_size} tokens; lower data.block_size or give it more text"
+        )
+    return blocks
+
+
+def train_embedder(config: Config, data: ProcessedData) -> Path | None:
+    """Store folder of the Level-1 embedder LM, trained on the router split of present domains.
+
+    None for `hashed_ngrams`, which has nothing to train.
+    """
+    if config.router.embedder == "hashed_ngrams":
+        return None
+    fixed = ("scope", "context_tokens", "early_positions")
+    key = digest(
+        {
+            "router": {k: v for k, v in plain(config.router).items() if k not in fixed},
+            "data": {d: data.split_hash(d, "router") for d in data.domains},
+            "configured": sorted(config.data.domains),
+            "block_size": config.data.block_size,
+            "tokenizer": data.tokenizer_hash,
+            "seed": config.seed,
+            "environment": environment(config),
+        }
+    )
+    folder = config.store_dir / "embedders" / key
+    if is_complete(folder) and not config.overwrite:
+        verify(folder)
+        return folder
+    blocks = np.concatenate([router_blocks(config, data, d) for d in data.domains])
+    job = Fit(
+        folder=folder,
+        label=f"{config.name} level-1 embedder",
+        seed=seed_of(config.seed, "router", sorted(config.data.domains)),
+        arguments={
+            "per_device_train_batch_size": config.router.batch_rows,
+            "learning_rate": config.router.learning_rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.05,
+            "logging_steps": config.training.logging_steps,
+        },
+        epochs=config.router.num_train_epochs,
+        record={"domains": list(data.domains)},
+    )
+    model_config = level1_config(config, data)
+    fit(config, job, lambda: Level1Embedder(model_config), blocks, lambda model, path: {})
+    return folder
+
+
+def make_router(
+    config: Config, data: ProcessedData, partitions: PartitionMap, embedder: Path | None
+) -> tuple[Level1Router, list[str | None]]:
+    """Router with one centroid per present domain (per partition for maps by document).
+
+    A centroid is the mean embedding of its router-split blocks. Returns the router and each
+    centroid's domain (None: a partition's).
+    """
+    groups = _centroid_groups(config, data, partitions)
+    router = Level1Router(level1_config(config, data), partitions.n, len(groups))
+    if embedder is not None:
+        router.embedder = Level1Embedder.from_pretrained(embedder)
+    router.eval().to(device_of(config))
+    for c, (_, k, blocks) in enumerate(groups):
+        router.centroids[c] = _mean_embedding(router, blocks, config.eval.batch_rows)
+        router.centroid_partition[c] = k
+    return router.cpu(), [domain for domain, _, _ in groups]
+
+
+def _centroid_groups(
+    config: Config, data: ProcessedData, partitions: PartitionMap
+) -> list[tuple[str | None, int, np.ndarray]]:
+    """(domain or None, partition, router-split blocks) of every centroid."""
+    if not partitions.by_document:
+        return [
+            (d, partitions.partition_of(d), router_blocks(config, data, d)) for d in data.domains
+        ]
+    groups = []
+    for k in range(partitions.n):
+        parts = []
+        for domain in data.domains:
+            keep = partitions.assign(domain, data.document_ids(domain, "router")) == k
+            parts.append(router_blocks(config, data, domain, keep))
+        blocks = np.concatenate(parts)
+        if not len(blocks):
+            raise UserError(f"partition {k}: no router-split block; lower partition.n")
+        groups.append((None, k, blocks))
+    return groups
+
+
+@torch.inference_mode()
+def _mean_embedding(router: Level1Router, blocks: np.ndarray, batch_rows: int) -> torch.Tensor:
+    device = router.centroids.device
+    ids = torch.from_numpy(blocks.astype(np.int64))
+    total = sum(
+        router.embedder.row_embeddings(batch.to(device)).double().sum(0)
+        for batch in ids.split(batch_rows)
+    )
+    return (total / len(ids)).float()
+
+
+def save_router(
+    folder: Path, router: Level1Router, domains: list[str | None], embedder: Path | None
+) -> None:
+    """Write a router folder atomically; embedder weights are hard links into the store."""
+    with atomic_folder(folder) as path:
+        if embedder is not None:
+            link_tree(embedder, path / "embedder")
+        router.embedder.config.save_pretrained(path)
+        tensors = {
+            "centroids": router.centroids.contiguous(),
+            "centroid_partition": router.centroid_partition.contiguous(),
+        }
+        save_file(tensors, path / "centroids.safetensors")
+        write_json(
+            path / "router.json", {"domains": domains, "num_partitions": router.num_partitions}
+        )
+
+
+def load_router(folder: Path, command: str) -> tuple[Level1Router, list[str | None]]:
+    """Router and centroid domains of a router folder, verified against its hash list."""
+    if not is_complete(folder):
+        raise UserError(f"{folder}: no router here yet; run: {command}")
+    verify(folder)
+    meta = read_json(folder / "router.json")
+    tensors = load_file(folder / "centroids.safetensors")
+    config = Level1Config.from_pretrained(folder)
+    router = Level1Router(config, meta["num_partitions"], len(meta["domains"]))
+    if config.embedder == "transformer":
+        router.embedder = Level1Embedder.from_pretrained(folder / "embedder")
+    router.centroids, router.centroid_partition = (
+        tensors["centroids"],
+        tensors["centroid_partition"],
+    )
+    return router.eval(), meta["domains"]
+
+
+def load_models(folders: dict[int, Path]) -> dict[int, torch.nn.Module]:
+    """Partition models of published folders, each verified against its hash list."""
+    models = {}
+    for k, folder in sorted(folders.items()):
+        verify(folder)
+        models[k] = AutoModelForCausalLM.from_pretrained(folder).eval()
+    return models
+
+
+def tiered_model(
+    config: Config,
+    partitions: PartitionMap,
+    router: tuple[Level1Router, list[str | None]],
+    models: dict[int, torch.nn.Module],
+) -> TieredForCausalLM:
+    """One HF model of router and partition models, on the config's device."""
+    module, domains = router
+    first = next(iter(models.values()))
+    tiered = TieredConfig(
+        partitions=[list(group) for group in partitions.members],
+        level1=module.embedder.config.to_dict(),
+        centroid_domains=list(domains),
+        scope=config.router.scope,
+        context_tokens=config.router.context_tokens,
+        early_positions=config.router.early_positions,
+        vocab_size=first.config.vocab_size,
+    )
+    return TieredForCausalLM.from_parts(tiered, module, models).to(device_of(config))
+
+
+def run_models(config: Config, partitions: PartitionMap, data: ProcessedData) -> dict[int, Path]:
+    """Published model folders of a run; UserError naming the command if one is missing."""
+    folders: dict[int, Path] = {}
+    for k in range(partitions.n):
+        if not any(d in data.domains for d in partitions.members[k]):
+            continue
+        folder = config.run_dir / "models" / str(k)
+        if not is_complete(folder):
+            raise UserError(
+                f"{folder}: partition {k} is not trained yet; run: python run_clm.py CONFIG"
+                f" partition.index={k}"
+            )
+        folders[k] = folder
+    return folders
+
+
+def write_partition_map(config: Config, partitions: PartitionMap) -> dict[str, Any]:
+    """Store the map in runs/<experiment>/partition/map.json and return it."""
+    value = partitions.as_json()
+    write_json(config.run_dir / "partition" / "map.json", value)
+    return value

@@ -1,0 +1,120 @@
+"""Per-token scores of rows under routed systems: one pass over each routed partition's model.
+
+Shapes: R rows, T tokens per row, S = T - 1 scored positions; position t predicts token t + 1.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from tiered.modeling_tiered import PrefixGroup, TieredForCausalLM, needed_positions, prefix_groups
+from tiered.store import digest
+
+
+@dataclass
+class TokenScores:
+    """nll (R, S) float32 nats, correct (R, S) bool: the next token was the argmax.
+
+    scored (R, S) bool: False where the protocol leaves a position out.
+    """
+
+    nll: np.ndarray
+    correct: np.ndarray
+    scored: np.ndarray
+
+
+class ScoreCache:
+    """Scores of one model on one group of prefixes, by (model hash, hash of the token ids).
+
+    Groups are cached whole: a row's last bits may depend on the batch and length it ran in.
+    """
+
+    def __init__(self, folder: Path, model_hashes: Mapping[int, str]) -> None:
+        self.folder = folder
+        self.model_hashes = model_hashes
+
+    def path(self, k: int, prefixes: torch.Tensor, batch_rows: int) -> Path:
+        """File of one group."""
+        ids = hashlib.sha256(prefixes.contiguous().numpy().tobytes()).hexdigest()
+        name = digest([ids, list(prefixes.shape), batch_rows])
+        return self.folder / self.model_hashes[k] / f"{name}.safetensors"
+
+
+@torch.inference_mode()
+def score_prefixes(
+    model: torch.nn.Module, input_ids: torch.Tensor, length: int, batch_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """nll (R, length) and correct (R, length) of tokens 1..length given tokens 0..length-1."""
+    losses, hits = [], []
+    device = next(model.parameters()).device
+    for batch in input_ids.split(batch_rows):
+        batch = batch.to(device)
+        logits = model(input_ids=batch[:, :length]).logits.float()  # (b, length, V)
+        targets = batch[:, 1 : length + 1]
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        losses.append(loss.view(targets.shape).cpu())
+        hits.append((logits.argmax(-1) == targets).cpu())
+    return torch.cat(losses), torch.cat(hits)
+
+
+def _cached_group(
+    model: TieredForCausalLM,
+    k: int,
+    input_ids: torch.Tensor,
+    group: PrefixGroup,
+    batch_rows: int,
+    cache: ScoreCache | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    prefixes = input_ids[group.rows, : group.length + 1]
+    path = cache.path(k, prefixes, batch_rows) if cache else None
+    if path is not None and path.is_file():
+        stored = load_file(path)
+        return stored["nll"], stored["correct"]
+    nll, correct = score_prefixes(model.partitions[str(k)], prefixes, group.length, batch_rows)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        save_file({"nll": nll.contiguous(), "correct": correct.contiguous()}, temporary)
+        temporary.replace(path)
+    return nll, correct
+
+
+def score_rows(
+    model: TieredForCausalLM,
+    input_ids: np.ndarray,
+    assignments: Mapping[str, torch.Tensor],
+    batch_rows: int,
+    cache: ScoreCache | None = None,
+) -> dict[str, TokenScores]:
+    """Scores of rows (R, T) under several assignments (name -> partition (R, S)) in one pass.
+
+    A partition's model reads a row once, up to the last position at which any assignment chose
+    it; short prefixes run together, grouped by length. An assignment of -1 is not scored.
+    """
+    ids = torch.as_tensor(np.ascontiguousarray(input_ids))
+    steps = ids.shape[1] - 1
+    results = {
+        name: (torch.full((len(ids), steps), torch.nan), torch.zeros(len(ids), steps, dtype=bool))
+        for name in assignments
+    }
+    wanted = sorted({int(k) for a in assignments.values() for k in a.unique()} - {-1})
+    for k in wanted:
+        needed = torch.stack([needed_positions(a, k) for a in assignments.values()]).amax(0)
+        for group in prefix_groups(needed, steps):
+            nll, correct = _cached_group(model, k, ids, group, batch_rows, cache)
+            for name, chosen in assignments.items():
+                here = chosen[group.rows, : group.length] == k
+                for target, source in zip(results[name], (nll, correct), strict=True):
+                    rows = target[group.rows]
+                    rows[:, : group.length][here] = source[here]
+                    target[group.rows] = rows
+    return {
+        name: TokenScores(nll.numpy(), hit.numpy(), (assignments[name] >= 0).numpy())
+        for name, (nll, hit) in results.items()
+    }

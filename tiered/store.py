@@ -1,0 +1,202 @@
+"""What makes a stage safe to kill: hashes, atomic files and folders, complete-or-absent artefacts.
+
+An artefact is a folder addressed by the hash of its inputs. It is written under a temporary name
+beside its place, flushed to disk and renamed, with `hashes.json` (file -> sha256) inside, so a
+folder under its final name is complete by construction and a damaged one is noticed when read.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+HASHES = "hashes.json"
+# What differs between two equal runs (time, memory, host, date) lives in this file alone.
+TIMINGS = "timings.json"
+UNHASHED = (HASHES, TIMINGS)
+
+
+class UserError(ValueError):
+    """A mistake at a border (config, file, command line): printed as one line, exit code 2."""
+
+
+def canonical_json(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def digest(value: Any, length: int = 16) -> str:
+    """First `length` hexadecimal digits of the sha256 of the value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
+
+
+def seed_of(*parts: Any) -> int:
+    """A 31-bit seed that is a function of its parts alone (never of what ran before)."""
+    return int(digest(list(parts)), 16) % (2**31 - 1)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value of a file; a missing or damaged file is a UserError that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: file is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: the old content stands until the new one is complete on disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as readable JSON, atomically; NaN is refused (write None or a word)."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def tree_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder, by relative path, sorted; timings are left out."""
+    folder = Path(folder)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in UNHASHED)
+    return {p.relative_to(folder).as_posix(): file_hash(p) for p in files}
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder`, hashed and flushed, if the body succeeds.
+
+    If the body fails the temporary folder is removed; if the process is killed it stays as
+    `.<name>.tmp<pid>` and the next writer of the same folder removes it.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Hash, flush and rename a finished temporary folder to its place, replacing an old one."""
+    write_json(temporary / HASHES, tree_hashes(temporary))
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _sync_folder(path)
+    if folder.exists():
+        # rename cannot replace a non-empty folder: move the old one aside first.
+        aside = folder.with_name(f".{folder.name}.old{os.getpid()}")
+        os.replace(folder, aside)
+        os.replace(temporary, folder)
+        shutil.rmtree(aside)
+    else:
+        os.replace(temporary, folder)
+    _sync_folder(folder.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed writer of `folder` left behind; a living writer's folder is kept."""
+    for path in folder.parent.glob(f".{folder.name}.tmp*"):
+        owner = path.name.rsplit("tmp", 1)[1]
+        if not (owner.isdigit() and _alive(int(owner))) or int(owner) == os.getpid():
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.parent.glob(f".{folder.name}.old*"):
+        # killed between the two renames of `publish`: the old folder is the complete one.
+        if folder.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.replace(path, folder)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder was published (its hash list is there)."""
+    return (Path(folder) / HASHES).is_file()
+
+
+def verify(folder: Path) -> str:
+    """Hash of a published folder's content, after comparing every file with the hash list.
+
+    Raises UserError naming the first file that is missing, changed or not listed.
+    """
+    folder = Path(folder)
+    if not is_complete(folder):
+        raise UserError(f"{folder}: incomplete or not made by this project ({HASHES} is missing)")
+    expected, found = read_json(folder / HASHES), tree_hashes(folder)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            state = "missing" if name not in found else "changed since it was written"
+            state = state if name in expected else "not in the hash list"
+            raise UserError(
+                f"{folder / name}: {state}; remove the folder and run the stage that makes it again"
+            )
+    return digest(expected)
+
+
+def content_hash(folder: Path) -> str:
+    """Hash of a published folder's content as recorded when it was written."""
+    return digest(read_json(Path(folder) / HASHES))
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Make `target` a copy of `source` by hard links (plain copies across file systems)."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target)
+    temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
+    shutil.copytree(source, temporary, copy_function=_link_or_copy)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(temporary, target)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,367 @@
+"""Train one model on blocks: the Hugging Face Trainer with exact resume and a fixed data order.
+
+The order of blocks is one permutation per epoch, a function of the seed; the seed is a function of
+(config seed, stage, the partition's configured members). So no partition's model depends on any
+other's data, on the order of training, or on how often the run was killed.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from tiered import checkpoint
+from tiered.config import Config, plain
+from tiered.data import ProcessedData, position_ids
+from tiered.methods import MODELS
+from tiered.partition import PartitionMap
+from tiered.record import device_of, environment, peak_memory_bytes
+from tiered.store import (
+    TIMINGS,
+    UserError,
+    atomic_folder,
+    content_hash,
+    digest,
+    is_complete,
+    link_tree,
+    read_json,
+    seed_of,
+    verify,
+    write_json,
+)
+
+
+class OrderedBlocks(torch.utils.data.Dataset):
+    """Blocks (rows, T) in training order: one seeded permutation per pass over them."""
+
+    def __init__(self, blocks: np.ndarray, epochs: float, seed: int, separator: int | None) -> None:
+        total = max(1, round(epochs * len(blocks)))
+        passes = math.ceil(total / len(blocks))
+        order = [np.random.default_rng([seed, i]).permutation(len(blocks)) for i in range(passes)]
+        self.order = np.concatenate(order)[:total]
+        self.blocks = blocks
+        self.separator = separator
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = np.asarray(self.blocks[self.order[index]], dtype=np.int64)
+        labels = ids.copy()
+        item = {"input_ids": torch.from_numpy(ids)}
+        if self.separator is not None:
+            positions = position_ids(ids[None], self.separator)[0]
+            # the first token of a document has no context of its own: it is not predicted.
+            labels[positions == 0] = -100
+            item["position_ids"] = torch.from_numpy(positions.astype(np.int64))
+        return {**item, "labels": torch.from_numpy(labels)}
+
+
+class ProgressBar(TrainerCallback):
+    """One bar per model, in optimizer steps, on the main process and on a terminal only."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.label,
+            unit="step",
+            disable=None if state.is_world_process_zero else True,
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+class LossRestorer(TrainerCallback):
+    """After a resume, put back the loss summed since the last log line: logs stay identical."""
+
+    def __init__(self, values: dict[str, float]) -> None:
+        self.values = values
+        self.trainer: ResumableTrainer | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        trainer._tr_loss += self.values["running"]
+        trainer._total_loss_scalar = self.values["total"]
+        trainer._globalstep_last_logged = int(self.values["last_logged_step"])
+
+
+class ResumableTrainer(Trainer):
+    """Trainer whose checkpoints are atomic, hashed and free of pickle."""
+
+    checkpoints: Path
+    seconds_before: float = 0.0
+
+    def loss_accumulator(self) -> dict[str, float]:
+        """The running loss that the Trainer itself forgets in a checkpoint."""
+        return {
+            "running": self._tr_loss.item(),
+            "total": self._total_loss_scalar,
+            "last_logged_step": self._globalstep_last_logged,
+        }
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if not self.args.should_save:
+            return
+        folder = self.checkpoints / f"checkpoint-{self.state.global_step:08d}"
+        checkpoint.save(folder, self)
+        seconds = self.seconds_before + time.perf_counter() - self.begin
+        write_json(folder / TIMINGS, {"seconds": seconds})
+        checkpoint.prune(self.checkpoints)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        checkpoint.load_weights(Path(resume_from_checkpoint), model or self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder) -> None:
+        if checkpoint_folder is not None:
+            checkpoint.load_optimizer(Path(checkpoint_folder), self)
+
+    def _load_rng_state(self, checkpoint_folder) -> None:
+        if checkpoint_folder is not None:
+            checkpoint.load_random_state(Path(checkpoint_folder))
+
+
+@dataclass
+class Fit:
+    """One training job: where it is kept, from which seed, with which arguments."""
+
+    folder: Path
+    label: str
+    seed: int
+    arguments: dict[str, Any]
+    epochs: float
+    separator: int | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Resume state; removed when the model is published."""
+        return self.folder.parent / ".checkpoints" / self.folder.name
+
+
+def fit(
+    config: Config,
+    job: Fit,
+    make_model: Callable[[], PreTrainedModel],
+    blocks: np.ndarray,
+    finish: Callable[[PreTrainedModel, Path], dict[str, Any]],
+) -> None:
+    """Train a model from scratch (or from its newest checkpoint) and publish it in job.folder.
+
+    `finish` writes what else belongs into the folder and returns entries of its record.json.
+    """
+    torch.manual_seed(job.seed)
+    model = make_model()
+    trainer = _make_trainer(config, job, model, blocks)
+    resume = checkpoint.newest(job.checkpoints)
+    if resume is not None:
+        print(f"{job.label}: resuming from step {int(resume.name.split('-')[1])}")
+        trainer.seconds_before = read_json(resume / TIMINGS)["seconds"]
+        restorer = LossRestorer(read_json(resume / "loss_accumulator.json"))
+        restorer.trainer = trainer
+        trainer.add_callback(restorer)
+    trainer.begin = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    seconds = trainer.seconds_before + time.perf_counter() - trainer.begin
+    if not trainer.args.should_save:
+        return
+    model = trainer.model.to("cpu").eval()
+    with atomic_folder(job.folder) as path:
+        model.save_pretrained(path)
+        losses = [e for e in trainer.state.log_history if "loss" in e]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in losses))
+        record = {
+            **job.record,
+            "optimizer_steps": trainer.state.global_step,
+            "tokens": int(len(trainer.train_dataset) * blocks.shape[1]),
+            "final_training_loss_nats": losses[-1]["loss"] if losses else None,
+            **finish(model, path),
+        }
+        write_json(path / "record.json", record)
+        timings = {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
+        write_json(path / TIMINGS, timings)
+    shutil.rmtree(job.checkpoints, ignore_errors=True)
+
+
+def _make_trainer(
+    config: Config, job: Fit, model: PreTrainedModel, blocks: np.ndarray
+) -> ResumableTrainer:
+    save_steps = config.training.save_steps
+    arguments = {
+        "save_strategy": "steps" if save_steps else "no",
+        "save_steps": save_steps or 500,
+        "report_to": list(config.training.report_to) or "none",
+        "ddp_broadcast_buffers": False,
+        "dataloader_pin_memory": device_of(config).type == "cuda",
+        **job.arguments,
+    }
+    _prepare_trackers(config)
+    try:
+        training_arguments = TrainingArguments(
+            output_dir=str(job.checkpoints),
+            run_name=f"{config.name}-{job.label}",
+            seed=job.seed,
+            use_cpu=device_of(config).type == "cpu",
+            num_train_epochs=1,  # OrderedBlocks spells the passes out
+            train_sampling_strategy="sequential",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            **arguments,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"training: {error}") from None
+    if training_arguments.fp16:
+        raise UserError("training.fp16: not supported (its loss scaler is not resumed); use bf16")
+    trainer = ResumableTrainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=OrderedBlocks(blocks, job.epochs, job.seed, job.separator),
+        callbacks=[ProgressBar(job.label)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.checkpoints = job.checkpoints
+    return trainer
+
+
+def _prepare_trackers(config: Config) -> None:
+    """wandb without a key records offline (`wandb sync` later) instead of asking."""
+    if "wandb" in config.training.report_to and not os.environ.get("WANDB_API_KEY"):
+        os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def batch_rows(config: Config, share: float) -> int:
+    """Rows per micro-batch of a partition that holds `share` of the configured domains.
+
+    constant_steps keeps the number of optimizer steps: the batch shrinks with the partition, down
+    to min_batch_rows. It depends on the configuration only, never on present data.
+    """
+    rows = config.training.per_device_train_batch_size
+    if config.training.schedule == "constant_steps":
+        rows = max(config.training.min_batch_rows, round(rows * share))
+    return rows
+
+
+def training_arguments(config: Config, share: float) -> dict[str, Any]:
+    """TrainingArguments of one partition's model."""
+    own = {"schedule", "min_batch_rows", "num_train_epochs", "save_steps", "report_to", "arguments"}
+    section = plain(config.training)
+    values = {k: v for k, v in section.items() if k not in own}
+    values["per_device_train_batch_size"] = batch_rows(config, share)
+    return {**values, **config.training.arguments}
+
+
+def partition_blocks(
+    data: ProcessedData, partitions: PartitionMap, k: int
+) -> tuple[np.ndarray | None, dict[str, Any]]:
+    """Training blocks (rows, T) of partition k from present domains, and what identifies them.
+
+    None if no present domain has data there.
+    """
+    parts, identity = [], {}
+    for domain in partitions.members[k]:
+        if domain not in data.domains:
+            continue
+        keep = None
+        if partitions.by_document:
+            keep = partitions.assign(domain, data.document_ids(domain, "train")) == k
+        part = data.blocks(domain, "train", keep=keep)
+        if len(part):
+            parts.append(part)
+            identity[domain] = [data.split_hash(domain, "train"), len(part)]
+    return (np.concatenate(parts) if parts else None), identity
+
+
+def model_key(config: Config, data: ProcessedData, partitions: PartitionMap, k: int) -> str:
+    """Address of partition k's model: a hash of everything that reaches its weights."""
+    share = partitions.share(k)
+    arguments = training_arguments(config, share)
+    present = [d for d in partitions.members[k] if d in data.domains]
+    return digest(
+        {
+            "model": plain(config.model),
+            "training": plain({n: v for n, v in arguments.items() if n != "logging_steps"}),
+            "epochs": config.training.num_train_epochs,
+            "seed": config.seed,
+            "partition": partitions.identity(k),
+            "data": {d: data.split_hash(d, "train") for d in present},
+            "processed": data.key,
+            "block_size": config.data.block_size,
+            "separate_documents": config.data.separate_documents,
+            "tokenizer": data.tokenizer_hash,
+            "environment": environment(config),
+        }
+    )
+
+
+def train_partition(
+    config: Config, data: ProcessedData, partitions: PartitionMap, k: int
+) -> Path | None:
+    """Folder of partition k's model in the store, trained if it is not there yet.
+
+    None for a partition without data (all its domains are excluded).
+    """
+    if not any(d in data.domains for d in partitions.members[k]):
+        return None
+    key = model_key(config, data, partitions, k)
+    folder = config.store_dir / "models" / key
+    if is_complete(folder) and not config.overwrite:
+        verify(folder)
+        return folder
+    blocks, identity = partition_blocks(data, partitions, k)
+    if blocks is None:
+        raise UserError(f"partition {k}: fewer training tokens than one block of its domains")
+    kind = MODELS[config.model.type]
+    model_config = kind.config_from(config, data)
+    job = Fit(
+        folder=folder,
+        label=f"{config.name} partition {k} [{' '.join(partitions.members[k])[:40]}]",
+        seed=seed_of(config.seed, "train", partitions.identity(k)),
+        arguments=training_arguments(config, partitions.share(k)),
+        epochs=config.training.num_train_epochs,
+        separator=data.separator_id if config.data.separate_documents else None,
+        record={
+            "partition": {"members": list(partitions.members[k]), "present": sorted(identity)},
+            "blocks": {d: rows for d, (_, rows) in identity.items()},
+            "batch_rows": batch_rows(config, partitions.share(k)),
+        },
+    )
+
+    def finish(model: PreTrainedModel, path: Path) -> dict[str, Any]:
+        data.tokenizer.save_pretrained(path)
+        return {"parameters": kind.card(model, blocks)}
+
+    fit(config, job, lambda: kind.build(model_config), blocks, finish)
+    return folder
+
+
+def publish_models(config: Config, folders: dict[int, Path]) -> None:
+    """Hard-link store models into runs/<experiment>/models/<k>."""
+    for k, source in folders.items():
+        target = config.run_dir / "models" / str(k)
+        if not (is_complete(target) and content_hash(target) == content_hash(source)):
+            link_tree(source, target)

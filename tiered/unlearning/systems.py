@@ -1,0 +1,92 @@
+"""A system: a router and partition models in a folder of their own, with its provenance.
+
+system/router/, system/models/<k>/ are hard links of what is unchanged; system/system.json says
+what is exact, what the claim rests on, and what the operation does not touch.
+"""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tiered.config import Config
+from tiered.data import ProcessedData
+from tiered.modeling_tiered import TieredForCausalLM
+from tiered.partition import PartitionMap
+from tiered.router import load_models, load_router, tiered_model
+from tiered.store import content_hash, digest, link_tree, publish, read_json, remove_leftovers
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every operation starts from: one finished run."""
+
+    config: Config
+    data: ProcessedData
+    partitions: PartitionMap
+    models: dict[int, Path]
+    router: Path
+
+
+@dataclass
+class Outcome:
+    """What an operation makes, and what it cost.
+
+    tokens: training tokens x passes; seconds: recorded training time of reused models included;
+    exact_given: artefacts the exactness rests on; allowed: partitions that may be routed to
+    (None: all); removed / rebuilt: names of artefacts.
+    """
+
+    models: dict[int, Path]
+    router: Path
+    allowed: list[int] | None = None
+    weights_removed: bool = False
+    tokens: int = 0
+    seconds: float = 0.0
+    reused: bool = False
+    removed: list[str] = field(default_factory=list)
+    rebuilt: list[str] = field(default_factory=list)
+
+    def identity(self) -> dict[str, Any]:
+        """Content hashes of the system's parts."""
+        return {
+            "models": {str(k): content_hash(path) for k, path in sorted(self.models.items())},
+            "router": content_hash(self.router),
+            "allowed": self.allowed,
+        }
+
+
+def write_system(folder: Path, outcome: Outcome, description: dict[str, Any]) -> None:
+    """Make the system folder of an outcome by hard links; nothing of the original is changed."""
+    remove_leftovers(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp0")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    link_tree(outcome.router, temporary / "router")
+    for k, source in sorted(outcome.models.items()):
+        link_tree(source, temporary / "models" / str(k))
+    from tiered.store import write_json
+
+    write_json(temporary / "system.json", {**description, **outcome.identity()})
+    publish(temporary, folder)
+
+
+def load_system(context: Context, folder: Path) -> tuple[TieredForCausalLM, dict[int, str]]:
+    """The tiered model of a system folder and the content hash of each partition model."""
+    indices = sorted(int(p.name) for p in (folder / "models").iterdir())
+    folders = {k: folder / "models" / str(k) for k in indices}
+    router = load_router(folder / "router", "python unlearn_benchmarks.py CONFIG overwrite=true")
+    model = tiered_model(context.config, context.partitions, router, load_models(folders))
+    return model, {k: content_hash(path) for k, path in folders.items()}
+
+
+def system_hash(outcome: Outcome) -> str:
+    """Hash of everything that decides a system's outputs."""
+    return digest(outcome.identity())
+
+
+def recorded_cost(models: dict[int, Path]) -> tuple[int, float]:
+    """Training tokens x passes and training seconds of models, from their own records."""
+    tokens = sum(read_json(path / "record.json")["tokens"] for path in models.values())
+    seconds = sum(read_json(path / "timings.json")["seconds"] for path in models.values())
+    return tokens, seconds

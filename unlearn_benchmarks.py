@@ -1,0 +1,39 @@
+"""Remove each forget domain by each operation and measure it against a gold retrain.
+
+Reads   runs/<experiment>/router/, models/, data/processed/<key>/
+Writes  runs/<experiment>/unlearn/<forget>/<operation>/{metrics.json, rows.parquet, system/},
+        metrics.json
+
+    python unlearn_benchmarks.py configs/quickstart/n16.yaml          # CPU, minutes
+    python unlearn_benchmarks.py configs/c4/trained/n16.yaml unlearn.forget=hi   # one GPU
+"""
+
+from tqdm import tqdm
+
+from tiered.config import Config, run_script
+from tiered.record import start, timed
+from tiered.store import read_json, write_json
+from tiered.unlearning.benchmark import benchmark_domain, open_run, print_table
+
+
+def main(config: Config) -> None:
+    """All operations on all forget domains of one experiment."""
+    # 1. the finished run that everything starts from
+    context = open_run(config)
+    start(config, "unlearn_benchmarks")
+    results = {}
+    bar = tqdm(config.unlearn.forget, desc=f"{config.name} unlearning", unit="domain", disable=None)
+    with timed(config, "unlearn_benchmarks"):
+        for forget in bar:
+            # 2. operations, scores and metrics of one forget domain, each resumed by hash
+            results[forget] = benchmark_domain(context, forget, bar)
+    # 3. one file for the report: utility and unlearning of the experiment
+    utility = config.run_dir / "eval" / "utility.json"
+    utility = read_json(utility) if utility.is_file() else None
+    write_json(config.run_dir / "metrics.json", {"utility": utility, "unlearning": results})
+    # 4. what a reader wants to see at once
+    print_table(config, results)
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__)
