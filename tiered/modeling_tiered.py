@@ -488,7 +488,9 @@ class TieredForCausalLM(PreTrainedModel):
         """Logits (rows, length, V) of partition k's model on one group of prefixes."""
         mask = None if attention_mask is None else attention_mask[group.rows, : group.length]
         return self.partitions[str(k)](
-            input_ids=input_ids[group.rows, : group.length], attention_mask=mask
+            input_ids=input_ids[group.rows, : group.length],
+            attention_mask=mask,
+            use_cache=False,
         ).logits
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,694 @@
+"""Monet: mixture of monosemantic experts for transformers (arXiv:2412.04139), trained from scratch.
+
+Every layer holds E^2 experts, decomposed over two axes: expert ij is assembled from factor i of the
+first axis and factor j of the second, so E^2 experts cost O(E) parameters. A router gives each of H
+heads a sparse distribution over both axes; it is shared by `moe_groups` consecutive layers.
+
+Shapes: B batch, T tokens, D hidden_size, H moe_heads, E moe_experts (i, j: the two axes),
+m moe_dim (expert width), k = m / 2, V vocabulary. Gates g1, g2 are (B, T, H, E), float32, and sum
+to 1 over E: the factored forms below rest on that.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+
+Gates = tuple[torch.Tensor, torch.Tensor]
+
+
+@strict
+class MonetConfig(PreTrainedConfig):
+    """Configuration of a Monet.
+
+    moe_topk experts are kept per head and axis on average; moe_groups consecutive layers share a
+    router; head_dim is hidden_size // num_attention_heads. The two coefficients weigh the auxiliary
+    losses, in training only. freeze_router keeps the router at its random start (an ablation).
+    """
+
+    model_type = "monet"
+    keys_to_ignore_at_inference = ("past_key_values", "router_probs")
+    default_theta = 10000.0
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    hidden_act: str = "relu2"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_dropout: float | int = 0.0
+    moe_dim: int = 8
+    moe_heads: int = 8
+    moe_experts: int = 64
+    moe_topk: int = 8
+    moe_groups: int = 4
+    moe_decompose: str = "vertical"
+    uniformity_loss_coef: float | int = 1e-3
+    ambiguity_loss_coef: float | int = 1e-3
+    freeze_router: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        """Raise ValueError naming key, value and what is allowed."""
+        rules = {
+            "hidden_size": (self.hidden_size % 2 == 0, "even"),
+            "num_attention_heads": (
+                self.num_attention_heads > 0 and self.head_dim > 0 and self.head_dim % 2 == 0,
+                f"such that head_dim = hidden_size // num_attention_heads ({self.head_dim}) is even"
+                " and positive",
+            ),
+            "num_key_value_heads": (
+                self.num_attention_heads % self.num_key_value_heads == 0,
+                f"a divisor of num_attention_heads ({self.num_attention_heads})",
+            ),
+            "hidden_act": (self.hidden_act == "relu2", "relu2"),
+            "moe_decompose": (
+                self.moe_decompose in ("vertical", "horizontal"),
+                "vertical or horizontal",
+            ),
+            "moe_dim": (self.moe_dim > 0 and self.moe_dim % 2 == 0, "even and positive"),
+            "moe_topk": (
+                0 < self.moe_topk <= self.moe_experts,
+                f"between 1 and moe_experts ({self.moe_experts})",
+            ),
+            "moe_groups": (self.moe_groups > 0, "positive"),
+            "moe_heads": (self.moe_heads > 0, "positive"),
+        }
+        for key, (holds, allowed) in rules.items():
+            if not holds:
+                raise ValueError(f"{key}: {getattr(self, key)!r} must be {allowed}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head (floor: q/k/v may be narrower than hidden_size)."""
+        return self.hidden_size // max(1, self.num_attention_heads)
+
+    @property
+    def num_routers(self) -> int:
+        """Routers: one per `moe_groups` consecutive layers."""
+        return -(-self.num_hidden_layers // self.moe_groups)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by part; `trainable_without_routers` is the paper's count.
+
+        computed_per_token: every parameter a token's forward pass multiplies or adds (Monet
+        computes all factor products; of the input embedding it reads one row, counted as none).
+        """
+        d, e, m, layers = self.hidden_size, self.moe_experts, self.moe_dim, self.num_hidden_layers
+        width = self.num_attention_heads * self.head_dim
+        kv_width = self.num_key_value_heads * self.head_dim
+        attention = layers * (2 * d * width + 2 * d * kv_width)
+        experts = layers * e * (2 * m * d + m + d)
+        routers = self.num_routers * 2 * d * self.moe_heads * e
+        norms = (2 * layers + 1) * d
+        table = self.vocab_size * d
+        embedding = table if self.tie_word_embeddings else 2 * table
+        total = embedding + attention + experts + routers + norms
+        return {
+            "total": total,
+            "trainable_without_routers": total - routers,
+            "embedding": embedding,
+            "non_embedding": total - embedding,
+            "attention": attention,
+            "experts": experts,
+            "routers": routers,
+            "computed_per_token": total - (0 if self.tie_word_embeddings else table),
+        }
+
+    def flops_per_token(self, length: int) -> int:
+        """Floating-point operations (2 per multiply-add) of one token's forward pass in a sequence
+        of `length` tokens: matrix products, causal attention and the mixing of factors by gates."""
+        counts, e, heads = self.parameter_counts(), self.moe_experts, self.moe_heads
+        width = self.num_attention_heads * self.head_dim
+        attention = 2 * width * (length + 1)  # scores and values over (length + 1) / 2 keys
+        k = self.moe_dim // 2 if self.moe_decompose == "vertical" else self.moe_dim
+        products = 2 if self.moe_decompose == "vertical" else 1
+        mixing = products * 2 * (2 * heads * e * k)
+        return 2 * counts["computed_per_token"] + self.num_hidden_layers * (attention + mixing)
+
+
+class MonetRMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 (float64 stays float64)."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(x.dtype)
+
+
+class MonetRotaryEmbedding(nn.Module):
+    """Rotary position embedding: cos and sin (B, T, head_dim) of the rotate-half layout."""
+
+    def __init__(self, config: MonetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.inv_freq = nn.Buffer(self.frequencies(config), persistent=False)
+        self.original_inv_freq = nn.Buffer(self.frequencies(config), persistent=False)
+        self.rope_type = "default"
+
+    @staticmethod
+    def frequencies(config: MonetConfig) -> torch.Tensor:
+        """theta^(-2i / head_dim), i = 0 .. head_dim / 2 - 1."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        return config.rope_parameters["rope_theta"] ** -exponents
+
+    @staticmethod
+    def compute_default_rope_parameters(config: MonetConfig, **kwargs: Any) -> tuple:
+        """Frequencies and scale, as transformers asks for them when it initialises buffers."""
+        return MonetRotaryEmbedding.frequencies(config), 1.0
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> Gates:
+        angles = positions[..., None].float() * self.inv_freq.float()
+        angles = torch.cat([angles, angles], -1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x (B, heads, T, head_dim) by its positions' angles."""
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out; returns (B, T, heads, head_dim) and the weights (B, heads, T, T)."""
+    groups = module.num_key_value_groups
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = F.dropout(scores.softmax(-1, dtype=wide).to(query.dtype), dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class MonetAttention(nn.Module):
+    """Causal self-attention with rotary positions and grouped key/value heads."""
+
+    def __init__(self, config: MonetConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        position_embeddings: Gates,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            p(x).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (B, heads, T, head_dim)
+        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        mixed, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), weights
+
+
+class MonetRouter(nn.Module):
+    """Gates over both expert axes, sparse by an estimated quantile instead of a sort.
+
+    Scores z = w(x) are batch-normalised per head over valid tokens and experts; experts whose
+    normalised score reaches the quantile 1 - topk / E of a standard normal (or the head's largest)
+    are kept, and the gates are a softmax over the kept raw scores. Ties are all kept.
+    """
+
+    def __init__(self, config: MonetConfig) -> None:
+        super().__init__()
+        self.config = config
+        h, e = config.moe_heads, config.moe_experts
+        self.w1 = nn.Linear(config.hidden_size, h * e, bias=False)
+        self.w2 = nn.Linear(config.hidden_size, h * e, bias=False)
+        self.norm1 = nn.BatchNorm1d(h, affine=False)
+        self.norm2 = nn.BatchNorm1d(h, affine=False)
+        if config.freeze_router:
+            self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, valid: torch.Tensor | None) -> tuple[Gates, torch.Tensor]:
+        """Gates, and batch statistics (2, 3, H): per axis mean, biased variance and count.
+
+        x (B, T, D); valid (B, T) marks tokens that are not padding (None: all). The running
+        statistics are not touched here: gradient checkpointing runs this method twice.
+        """
+        pairs = [self._axis(w(x), n, valid) for w, n in self._axes()]
+        return (pairs[0][0], pairs[1][0]), torch.stack([pairs[0][1], pairs[1][1]])
+
+    def _axes(self) -> list[tuple[nn.Linear, nn.BatchNorm1d]]:
+        return [(self.w1, self.norm1), (self.w2, self.norm2)]
+
+    def _axis(
+        self, scores: torch.Tensor, norm: nn.BatchNorm1d, valid: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        h, e = self.config.moe_heads, self.config.moe_experts
+        z = scores.unflatten(-1, (h, e))  # (B, T, H, E)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        with torch.no_grad():
+            statistics = self._statistics(z, valid) if self.training else z.new_zeros(3, h)
+            mean, variance = (
+                statistics[:2] if self.training else (norm.running_mean, norm.running_var)
+            )
+            # Normalising is monotonic, so the threshold is moved to the raw scores instead.
+            share = 1 - self.config.moe_topk / e
+            quantile = NormalDist().inv_cdf(share) if share > 0 else -math.inf
+            threshold = mean + quantile * torch.sqrt(variance + norm.eps)  # (H,)
+            threshold = torch.minimum(z.amax(-1), threshold.to(z.dtype))  # (B, T, H)
+            dropped = z < threshold[..., None]
+        return z.masked_fill(dropped, -1e10).softmax(-1), statistics
+
+    def _statistics(self, z: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        """Mean, biased variance and count (3, H) over valid tokens and experts."""
+        if valid is not None:
+            z = z[valid]
+        flat = z.flatten(0, -3)  # (tokens, H, E)
+        variance, mean = torch.var_mean(flat, dim=(0, 2), correction=0)
+        count = torch.full_like(mean, float(flat.shape[0] * flat.shape[2]))
+        return torch.stack([mean, variance, count])
+
+    @torch.no_grad()
+    def update_running_statistics(self, statistics: torch.Tensor) -> None:
+        """Move the running mean and (unbiased) variance by one batch, as BatchNorm1d does."""
+        for norm, (mean, variance, count) in zip((self.norm1, self.norm2), statistics, strict=True):
+            unbiased = variance * count / (count - 1).clamp(min=1)
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+            norm.num_batches_tracked += 1
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """max(x, 0)^2."""
+    return torch.relu(x).square()
+
+
+class MonetMoHDE(nn.Module):
+    """Horizontal decomposition: expert ij(x) = V_j s(U_i x + b_i) + b2_j."""
+
+    def __init__(self, config: MonetConfig) -> None:
+        super().__init__()
+        d, e, m = config.hidden_size, config.moe_experts, config.moe_dim
+        self.num_experts = e
+        self.u = nn.Linear(d, e * m)
+        self.v = nn.Linear(e * m, d, bias=False)
+        self.b = nn.Parameter(torch.empty(e, d))
+
+    def forward(self, x: torch.Tensor, g1: torch.Tensor, g2: torch.Tensor) -> torch.Tensor:
+        """sum_ij sum_h g1_hi g2_hj expert_ij(x); i is contracted first, so no E x E tensor."""
+        g1, g2 = g1.to(x.dtype), g2.to(x.dtype)
+        a = squared_relu(self.u(x)).unflatten(-1, (self.num_experts, -1))  # (B, T, E, m)
+        per_head = g1 @ a  # (B, T, H, m)
+        z = g2.transpose(-1, -2) @ per_head  # (B, T, E, m)
+        return self.v(z.flatten(-2)) + g2.sum(-2) @ self.b
+
+
+class MonetMoVDE(nn.Module):
+    """Vertical decomposition: the output's halves come from the two axes.
+
+    expert ij(x) = [V11_i a_i + V12_i c_j + b1_i ; V21_j a_i + V22_j c_j + b2_j] with
+    a_i = s(U1_i x), c_j = s(U2_j x).
+    """
+
+    def __init__(self, config: MonetConfig) -> None:
+        super().__init__()
+        d, e, k = config.hidden_size, config.moe_experts, config.moe_dim // 2
+        self.num_experts = e
+        self.u1 = nn.Linear(d, e * k)
+        self.u2 = nn.Linear(d, e * k)
+        self.v11 = nn.Linear(e * k, d // 2, bias=False)
+        self.v12 = nn.Linear(e * k, d // 2, bias=False)
+        self.v21 = nn.Linear(e * k, d // 2, bias=False)
+        self.v22 = nn.Linear(e * k, d // 2, bias=False)
+        self.b1 = nn.Parameter(torch.empty(e, d // 2))
+        self.b2 = nn.Parameter(torch.empty(e, d // 2))
+
+    def forward(self, x: torch.Tensor, g1: torch.Tensor, g2: torch.Tensor) -> torch.Tensor:
+        """sum_ij sum_h g1_hi g2_hj expert_ij(x), factored: the gates of a head sum to 1."""
+        g1, g2 = g1.to(x.dtype), g2.to(x.dtype)
+        a = squared_relu(self.u1(x)).unflatten(-1, (self.num_experts, -1))  # (B, T, E, k)
+        c = squared_relu(self.u2(x)).unflatten(-1, (self.num_experts, -1))
+        s1, s2 = g1.sum(-2), g2.sum(-2)  # (B, T, E)
+        c_on_i = g1.transpose(-1, -2) @ (g2 @ c)  # (B, T, E, k): sum_h g1_hi sum_j g2_hj c_j
+        a_on_j = g2.transpose(-1, -2) @ (g1 @ a)
+        left = (
+            self.v11((a * s1[..., None]).flatten(-2)) + self.v12(c_on_i.flatten(-2)) + s1 @ self.b1
+        )
+        right = (
+            self.v21(a_on_j.flatten(-2)) + self.v22((c * s2[..., None]).flatten(-2)) + s2 @ self.b2
+        )
+        return torch.cat([left, right], -1)
+
+
+class MonetDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and experts; the first layer of a group also routes for the group."""
+
+    def __init__(self, config: MonetConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = MonetAttention(config, layer_idx)
+        self.input_layernorm = MonetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = MonetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.router = MonetRouter(config) if layer_idx % config.moe_groups == 0 else None
+        kinds = {"vertical": MonetMoVDE, "horizontal": MonetMoHDE}
+        self.moe = kinds[config.moe_decompose](config)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        gates: Gates | None,
+        valid: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_embeddings: Gates,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, Gates, torch.Tensor | None, torch.Tensor | None]:
+        """New states (B, T, D), the group's gates, batch statistics (if routed), attention."""
+        attended, weights = self.self_attn(
+            self.input_layernorm(x), position_embeddings, attention_mask, past_key_values, **kwargs
+        )
+        x = x + attended
+        inner = self.post_attention_layernorm(x)
+        statistics = None
+        if self.router is not None:
+            gates, statistics = self.router(inner, valid)
+        return x + self.moe(inner, *gates), gates, statistics, weights
+
+
+class MonetPreTrainedModel(PreTrainedModel):
+    """What every Monet model shares."""
+
+    config: MonetConfig
+    config_class = MonetConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("MonetDecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """normal(0, initializer_range) for matrices, 0 for biases, 1 for norms."""
+        super()._init_weights(module)
+        if isinstance(module, MonetMoVDE):
+            init.zeros_(module.b1)
+            init.zeros_(module.b2)
+        elif isinstance(module, MonetMoHDE):
+            init.zeros_(module.b)
+        elif isinstance(module, MonetRMSNorm):
+            init.ones_(module.weight)
+
+
+@dataclass
+class MonetModelOutput(BaseModelOutputWithPast):
+    """BaseModelOutputWithPast plus router_probs: one (g1, g2) per router group."""
+
+    router_probs: tuple[Gates, ...] | None = None
+
+
+class MonetModel(MonetPreTrainedModel):
+    """Embedding, decoder layers, final norm."""
+
+    def __init__(self, config: MonetConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            MonetDecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = MonetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = MonetRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> MonetModelOutput:
+        """Hidden states after the final norm; hidden_states has num_hidden_layers + 1 entries.
+
+        attention_mask (B, past + T) marks tokens that are not padding. position_ids that restart at
+        0 inside a row (and no attention_mask) pack documents that do not see one another.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        positions = self.rotary_emb(x, position_ids)
+        valid = valid_tokens(attention_mask, x)
+        states, attentions, routed, gates = [x], [], [], None
+        for layer in self.layers:
+            x, gates, statistics, weights = layer(
+                x, gates, valid, mask, positions, past_key_values, **kwargs
+            )
+            states.append(x)
+            attentions.append(weights)
+            if statistics is not None:
+                routed.append((layer.router, gates, statistics))
+        if self.training:
+            for router, _, statistics in routed:
+                router.update_running_statistics(statistics)
+        x = self.norm(x)
+        return MonetModelOutput(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=(*states[:-1], x)
+            if self._wants("hidden_states", output_hidden_states)
+            else None,
+            attentions=tuple(attentions) if self._wants("attentions", output_attentions) else None,
+            router_probs=tuple(g for _, g, _ in routed),
+        )
+
+    def _wants(self, name: str, given: bool | None) -> bool:
+        return bool(getattr(self.config, f"output_{name}", False) if given is None else given)
+
+
+def valid_tokens(attention_mask: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """(B, T) bool of tokens that are not padding; None if there is no padding at all."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    valid = attention_mask[:, -x.shape[1] :].bool()
+    return None if valid.all() else valid
+
+
+def uniformity_loss(gates: Gates, valid: torch.Tensor | None) -> torch.Tensor:
+    """L_unif of one router group: mean negative log of the batch-mean gates; minimum log E."""
+    total = gates[0].new_zeros(())
+    for gate in gates:
+        mean = (gate.flatten(0, 1) if valid is None else gate[valid]).mean(0)  # (H, E)
+        total = total - mean.clamp(min=1e-9).log().mean()
+    return total / 2
+
+
+def ambiguity_loss(gates: Gates, valid: torch.Tensor | None) -> torch.Tensor:
+    """L_amb of one router group: mean of 1 - max gate over heads, axes and valid tokens."""
+    total = gates[0].new_zeros(())
+    for gate in gates:
+        total = total + (1 - (gate if valid is None else gate[valid]).amax(-1)).mean()
+    return total / 2
+
+
+@dataclass
+class MonetCausalLMOutput(CausalLMOutputWithPast):
+    """CausalLMOutputWithPast plus the losses apart and the gates.
+
+    loss: lm_loss, and in training the weighted auxiliary losses. lm_loss: nats per target token
+    (or summed nats over num_items_in_batch). uniformity_loss, ambiguity_loss: unweighted means over
+    router groups. router_probs: one (g1, g2) per router group, each (B, T, H, E).
+    """
+
+    lm_loss: torch.FloatTensor | None = None
+    uniformity_loss: torch.FloatTensor | None = None
+    ambiguity_loss: torch.FloatTensor | None = None
+    router_probs: tuple[Gates, ...] | None = None
+
+
+class MonetForCausalLM(MonetPreTrainedModel, GenerationMixin):
+    """Monet with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MonetConfig) -> None:
+        super().__init__(config)
+        self.model = MonetModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_probs: bool = False,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> MonetCausalLMOutput:
+        """Logits (B, T, V), and the loss if labels (B, T) are given (-100 is ignored).
+
+        With num_items_in_batch (target tokens of all micro-batches and ranks of one step) the LM
+        loss is summed nats over it, and the auxiliary losses are weighted by this micro-batch's
+        share of it: over a step they count once, as their token-weighted mean.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        states = outputs.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(states[:, keep])
+        losses: dict[str, torch.Tensor | None] = {}
+        if labels is not None:
+            losses = self._losses(logits, labels, attention_mask, outputs, num_items_in_batch)
+        return MonetCausalLMOutput(
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_probs=outputs.router_probs if output_router_probs else None,
+            **losses,
+        )
+
+    def _losses(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        outputs: MonetModelOutput,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> dict[str, torch.Tensor]:
+        """loss, lm_loss and both auxiliary losses (L = L_lm + lambda L_unif + lambda L_amb)."""
+        if attention_mask is not None:
+            labels = labels.masked_fill(attention_mask[:, -labels.shape[1] :] == 0, -100)
+        lm_loss = self.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=num_items_in_batch,
+        )
+        valid = valid_tokens(attention_mask, logits)
+        groups = outputs.router_probs
+        uniformity = sum(uniformity_loss(g, valid) for g in groups) / len(groups)
+        ambiguity = sum(ambiguity_loss(g, valid) for g in groups) / len(groups)
+        loss = lm_loss
+        if self.training:
+            weight = 1.0
+            if num_items_in_batch is not None:
+                weight = (labels[:, 1:] != -100).sum() / num_items_in_batch
+            auxiliary = (
+                self.config.uniformity_loss_coef * uniformity
+                + self.config.ambiguity_loss_coef * ambiguity
+            )
+            loss = lm_loss + weight * auxiliary
+        return {
+            "loss": loss,
+            "lm_loss": lm_loss,
+            "uniformity_loss": uniformity,
+            "ambiguity_loss": ambiguity,
+        }
+
+
+AutoConfig.register(MonetConfig.model_type, MonetConfig, exist_ok=True)
+AutoModel.register(MonetConfig, MonetModel, exist_ok=True)
+AutoModelForCausalLM.register(MonetConfig, MonetForCausalLM, exist_ok=True)
+# save_pretrained copies this file beside the weights, so that a checkpoint loads anywhere.
+MonetConfig.register_for_auto_class()
+MonetModel.register_for_auto_class("AutoModel")
+MonetForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,123 @@
+"""Fixtures that several test files share; nothing here needs a network."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from tiered.domains import CODES
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def sample_texts() -> dict[str, str]:
+    """The first document of every language of the sample corpus."""
+    texts = {}
+    for code in CODES:
+        (path,) = (ROOT / "data/sample/multilingual").glob(f"c4-{code}.*.json.gz")
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            texts[code] = json.loads(file.readline())["text"]
+    return texts
+
+
+STAGES = (
+    "process_dset",
+    "train_det_router",
+    "run_clm",
+    "eval_det_router",
+    "unlearn_benchmarks",
+)
+# Four languages, two groups of the study, models of a few thousand parameters.
+TINY = """
+seed: 0
+threads: 1
+device: cpu
+output_dir: runs
+data:
+  source: raw
+  processed_dir: processed
+  domains: [hi, si, de, en]
+  block_size: 32
+  min_characters: 100
+  tokens_per_domain: 2000
+  repeats: {4: 4, 16: 4}
+  repeat_domains: [hi]
+  num_proc: 1
+tokenizer: {name: bpe, vocab_size: 300}
+router: {hidden_size: 16, context_tokens: 8, batch_rows: 8}
+model: {hidden_size: 16, moe_experts: 4, moe_topk: 2, moe_heads: 2, moe_dim: 4, moe_groups: 1}
+training:
+  per_device_train_batch_size: 8
+  logging_steps: 5
+  save_steps: 10
+eval: {rows_per_domain: 8, batch_rows: 8, context_lengths: [1, 8, 16]}
+unlearn: {forget: [hi], forget_rows: 30, retain_rows: 8, bootstrap_samples: 100}
+"""
+TINY_EXPERIMENTS = {
+    "n1": "partition: {method: language, n: 1}",
+    "n2": "partition: {method: family, n: 2}",
+    "n4": "partition: {method: language, n: 4}",
+    "r2": "partition: {method: random, n: 2}",
+}
+
+
+def tiny_project(folder: Path, languages=("hi", "si", "de", "en"), documents: int = 120) -> None:
+    """Raw text (raw/<domain>/) and configs (configs/*.yaml) of the tiny profile in a folder."""
+    for code in languages:
+        (source,) = (ROOT / "data/sample/multilingual").glob(f"c4-{code}.*.json.gz")
+        target = folder / "raw" / code
+        target.mkdir(parents=True)
+        with gzip.open(source, "rt", encoding="utf-8") as lines:
+            text = "".join(line for line, _ in zip(lines, range(documents), strict=False))
+        (target / "part-0.jsonl").write_text(text, encoding="utf-8")
+    configs = folder / "configs"
+    configs.mkdir()
+    (configs / "base.yaml").write_text(TINY, encoding="utf-8")
+    for name, partition in TINY_EXPERIMENTS.items():
+        (configs / f"{name}.yaml").write_text(f"base: base.yaml\nname: {name}\n{partition}\n")
+
+
+def start_stages(folder: Path, stages, *arguments) -> subprocess.Popen:
+    """Start scripts in a fresh process whose working folder is `folder`."""
+    command = [
+        sys.executable,
+        str(ROOT / "tests/stages.py"),
+        ",".join(stages),
+        *map(str, arguments),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=folder,
+        start_new_session=True,
+    )
+
+
+def run_stages(folder: Path, stages, *arguments) -> str:
+    """Run scripts to their end; their output. Fails the test with it if they fail."""
+    process = start_stages(folder, stages, *arguments)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A finished tiny pipeline: n = 1, 2 (family), 4 (language), 2 (random documents)."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_project(folder)
+    experiments = [f"configs/{name}.yaml" for name in TINY_EXPERIMENTS]
+    (folder / "output.txt").write_text(run_stages(folder, STAGES, *experiments))
+    return folder

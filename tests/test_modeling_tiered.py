@@ -1,0 +1,254 @@
+"""Level 1: causal, batch- and padding-invariant routing; one model of many, exactly removable."""
+
+import pytest
+import torch
+from modeling_monet import MonetConfig, MonetForCausalLM
+from transformers import AutoModelForCausalLM
+
+from tiered.modeling_tiered import (
+    HashedNgrams,
+    Level1Config,
+    Level1Embedder,
+    Level1Router,
+    TieredConfig,
+    TieredForCausalLM,
+    assign,
+    needed_positions,
+    prefix_groups,
+)
+
+V, T = 60, 16
+
+
+def level1(embedder: str) -> Level1Config:
+    return Level1Config(
+        embedder=embedder,
+        vocab_size=V,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        max_position_embeddings=T,
+        ngram_buckets=31,
+        initializer_range=0.5,
+    )
+
+
+@pytest.fixture(params=["transformer", "hashed_ngrams"])
+def router(request) -> Level1Router:
+    torch.manual_seed(0)
+    made = Level1Router(level1(request.param), 3, 4).eval()
+    made.centroids = torch.randn_like(made.centroids).abs()
+    made.centroid_partition = torch.tensor([0, 1, 2, 1])
+    return made
+
+
+def ids(rows: int = 5, length: int = T) -> torch.Tensor:
+    return torch.randint(0, V, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def monet(seed: int) -> MonetForCausalLM:
+    torch.manual_seed(seed)
+    return MonetForCausalLM(
+        MonetConfig(
+            vocab_size=V,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=T,
+            moe_dim=4,
+            moe_heads=2,
+            moe_experts=4,
+            moe_topk=2,
+            moe_groups=1,
+            initializer_range=0.3,
+        )
+    ).eval()
+
+
+def tiered(router: Level1Router, scope: str = "token") -> TieredForCausalLM:
+    config = TieredConfig(
+        partitions=[["a"], ["b", "d"], ["c"]],
+        level1=router.embedder.config.to_dict(),
+        centroid_domains=["a", "b", "c", "d"],
+        scope=scope,
+        context_tokens=4,
+        vocab_size=V,
+    )
+    return TieredForCausalLM.from_parts(config, router, {k: monet(k) for k in range(3)})
+
+
+@torch.inference_mode()
+def test_scores_never_see_a_later_token(router):
+    x = ids()
+    changed = x.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % V
+    before, after = router.scores(x), router.scores(changed)
+    # the same kernel on the same shapes: equal bits, and the change is visible afterwards
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert not torch.allclose(before[:, 9:], after[:, 9:])
+
+
+@torch.inference_mode()
+def test_scores_of_a_prefix_equal_those_of_the_whole_row(router):
+    x = ids()
+    for length in (1, 5, T):
+        # other kernels at other lengths: float32 rounding only
+        assert torch.allclose(router.scores(x[:, :length]), router.scores(x)[:, :length], atol=1e-5)
+
+
+@torch.inference_mode()
+def test_scores_do_not_depend_on_batch_order_or_size(router):
+    x = ids()
+    order = torch.tensor([3, 0, 4, 1, 2])
+    assert torch.equal(router.scores(x)[order], router.scores(x[order]))
+    assert torch.allclose(router.scores(x)[2:3], router.scores(x[2:3]), atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_score(router, side):
+    x, pad = ids(length=10), torch.full((5, 6), 7)
+    real = torch.ones_like(x)
+    joined = [pad, x] if side == "left" else [x, pad]
+    mask = [torch.zeros_like(pad), real] if side == "left" else [real, torch.zeros_like(pad)]
+    padded = router.scores(torch.cat(joined, 1), torch.cat(mask, 1))
+    padded = padded[:, 6:] if side == "left" else padded[:, :10]
+    assert torch.allclose(padded, router.scores(x), atol=1e-5)
+
+
+@torch.inference_mode()
+def test_prefix_embedding_is_the_mean_of_hidden_states_so_far():
+    torch.manual_seed(0)
+    embedder = Level1Embedder(level1("transformer")).eval()
+    states = embedder.hidden_states(ids())
+    expected = torch.stack([states[:, : t + 1].mean(1) for t in range(T)], 1)
+    assert torch.allclose(embedder.prefix_embeddings(ids()), expected, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_hashed_ngram_cosine_equals_explicit_counts():
+    embedder = HashedNgrams(level1("hashed_ngrams"))
+    centroids = torch.rand(4, 31, generator=torch.Generator().manual_seed(2))
+    found = embedder.similarities(ids(), None, centroids)
+    for t in range(T):
+        counts = embedder.row_embeddings(ids()[:, : t + 1])
+        expected = torch.nn.functional.cosine_similarity(counts[:, None], centroids[None], dim=-1)
+        assert torch.allclose(found[:, t], expected, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_score_of_a_partition_is_its_best_centroid(router):
+    cosines = router.embedder.similarities(ids(), None, router.centroids)
+    expected = torch.stack([cosines[..., 0], cosines[..., [1, 3]].amax(-1), cosines[..., 2]], -1)
+    assert torch.equal(router.scores(ids()), expected)
+
+
+def test_sample_scope_decides_from_the_context_and_ties_go_to_the_lowest():
+    scores = torch.zeros(2, 6, 3)
+    scores[0, :2, 2], scores[0, 2:, 1] = 1, 1  # token: 2 2 1 1 1 1
+    scores[0, 5, 0] = 2
+    assert assign(scores, "token", 3).tolist() == [[2, 2, 1, 1, 1, 0], [0] * 6]
+    assert assign(scores, "sample", 3).tolist() == [[2, 2, 1, 1, 1, 1], [0] * 6]
+    left = torch.tensor([[0, 0, 1, 1, 1, 1]] * 2)  # two padded positions: decided two later
+    assert assign(scores, "sample", 3, left)[0].tolist() == [2, 2, 1, 1, 1, 1]
+    assert assign(scores, "sample", 9).tolist() == assign(scores, "token", 9).tolist()
+
+
+def test_prefix_groups_cover_every_needed_position_once():
+    chosen = torch.tensor([[0, 0, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]])
+    needed = needed_positions(chosen, 0)
+    assert needed.tolist() == [6, 0, 3]
+    groups = [(g.rows.tolist(), g.length) for g in prefix_groups(needed, 6)]
+    assert groups == [([2], 4), ([0], 6)]
+
+
+@torch.inference_mode()
+def test_forward_takes_each_position_from_the_partition_that_was_chosen(router):
+    model = tiered(router)
+    for scope in ("token", "sample"):
+        out = model(ids(), scope=scope)
+        assert len(out.partition.unique()) > 1
+        full = torch.stack([model.partitions[str(k)](ids()).logits for k in range(3)], 2)
+        index = out.partition[..., None, None].expand(-1, -1, 1, V)
+        # prefixes run at their own length: other kernels, rounding only
+        assert torch.allclose(out.logits, full.gather(2, index)[:, :, 0], atol=2e-5)
+
+
+@torch.inference_mode()
+def test_oracle_and_a_single_partition_equal_the_bare_model_exactly(router):
+    model = tiered(router)
+    bare = model.partitions["2"](ids()).logits
+    assert torch.equal(model(ids(), scope="oracle", partition=2).logits, bare)
+    assert torch.equal(model(ids(), allowed_partitions=[2]).logits, bare)
+    model.remove_partition(0)
+    model.remove_partition(1)
+    assert torch.equal(model(ids()).logits, bare)
+
+
+@torch.inference_mode()
+def test_loss_is_the_mean_next_token_loss_of_the_routed_logits(router):
+    model, x = tiered(router), ids()
+    labels = x.clone()
+    labels[0, 3] = -100
+    out = model(x, labels=labels)
+    logp = out.logits.log_softmax(-1)
+    picked = [-logp[b, t, x[b, t + 1]] for b in range(5) for t in range(T - 1) if (b, t) != (0, 2)]
+    assert out.loss.item() == pytest.approx(torch.stack(picked).mean().item(), abs=1e-5)
+
+
+@torch.inference_mode()
+def test_removed_partition_cannot_affect_outputs(router):
+    intact, poisoned = tiered(router), tiered(router)
+    scores = intact.partition_scores(ids())
+    for tensor in poisoned.partitions["1"].state_dict().values():
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+    kept = poisoned(ids(), allowed_partitions=[0, 2])
+    assert torch.isfinite(kept.logits).all() and 1 not in kept.partition
+    assert torch.equal(kept.logits, intact(ids(), allowed_partitions=[0, 2]).logits)
+    # the planted violation: while the partition may be routed to, its poison is reached
+    assert not torch.isfinite(poisoned(ids()).logits).all()
+    intact.remove_partition(1)
+    assert torch.equal(kept.logits, intact(ids()).logits)
+    assert torch.equal(scores[..., [0, 2]], intact.partition_scores(ids())[..., [0, 2]])
+
+
+@torch.inference_mode()
+def test_removal_is_idempotent_and_order_free(router):
+    import copy
+
+    a, b = tiered(copy.deepcopy(router)), tiered(copy.deepcopy(router))
+    for k in (0, 1, 1):
+        a.remove_partition(k)
+    for k in (1, 0):
+        b.remove_partition(k)
+    assert a.present == b.present == [2]
+    assert a.config.centroid_domains == b.config.centroid_domains == ["c"]
+    assert torch.equal(a.router.centroids, b.router.centroids)
+    with pytest.raises(ValueError, match="no model"):
+        a.remove_partition(2)
+
+
+def test_routing_to_nothing_is_refused(router):
+    model = tiered(router)
+    with pytest.raises(ValueError, match="no partition is left"):
+        model(ids(), allowed_partitions=[])
+    with pytest.raises(ValueError, match="needs `partition`"):
+        model(ids(), scope="oracle")
+    with pytest.raises(ValueError, match="has no model"):
+        model.remove_partition(1)
+        model(ids(), scope="oracle", partition=1)
+
+
+@torch.inference_mode()
+def test_save_and_load_keep_every_bit(router, tmp_path):
+    model = tiered(router)
+    model.remove_partition(0)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert again.present == [1, 2] and again.config.partitions[1] == ["b", "d"]
+    expected = model.state_dict()
+    assert expected.keys() == again.state_dict().keys()
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in expected.items())
+    assert torch.equal(model(ids()).logits, again(ids()).logits)

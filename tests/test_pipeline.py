@@ -1,0 +1,169 @@
+"""The pipeline from raw text to report on a tiny profile, in a subprocess, with real stages."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import STAGES, TINY_EXPERIMENTS, run_stages
+
+OPERATIONS = ("original", "gold", "delete-S0", "delete-S1", "delete-S2", "sisa")
+
+
+def read(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def unlearning(folder: Path, experiment: str) -> dict:
+    return read(folder / "runs" / experiment / "metrics.json")["unlearning"]["hi"]
+
+
+def test_models_are_published_with_records_and_provenance(tiny):
+    for name, count in {"n1": 1, "n2": 2, "n4": 4, "r2": 2}.items():
+        run = tiny / "runs" / name
+        assert sorted(p.name for p in (run / "models").iterdir()) == [str(k) for k in range(count)]
+        provenance = read(run / "provenance.json")
+        assert provenance["tokenizer"] == ["hi", "si", "de", "en"]
+        for k in range(count):
+            record = read(run / "models" / str(k) / "record.json")
+            assert provenance[f"model/{k}"] == record["partition"]["present"]
+            assert record["tokens"] == sum(record["blocks"].values()) * 32
+            assert not list((run / "models" / str(k)).glob("*.bin"))
+    assert read(tiny / "runs/n4/provenance.json")["model/0"] == ["hi"]
+    assert read(tiny / "runs/r2/provenance.json")["model/1"] == ["de", "en", "hi", "si"]
+    assert not list((tiny / "runs/.store/models/.checkpoints").glob("*"))
+
+
+def test_constant_steps_shrink_the_batch_and_keep_the_steps(tiny):
+    records = {
+        name: read(tiny / "runs" / name / "models/1/record.json") for name in ("n2", "n4")
+    } | {"n1": read(tiny / "runs/n1/models/0/record.json")}
+    assert {n: r["batch_rows"] for n, r in records.items()} == {"n1": 8, "n2": 4, "n4": 2}
+    steps = {n: r["optimizer_steps"] for n, r in records.items()}
+    for name, record in records.items():
+        rows = sum(record["blocks"].values())
+        assert steps[name] == -(-rows // record["batch_rows"])
+
+
+def test_models_learn(tiny):
+    """Even the tiny profile predicts better than it began: ln V at initialisation."""
+    for line in (tiny / "runs/n1/models/0/metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+    first = json.loads((tiny / "runs/n1/models/0/metrics.jsonl").read_text().splitlines()[0])
+    assert entry["loss"] < first["loss"] - 0.2
+
+
+def test_one_partition_routes_everything_to_itself(tiny):
+    utility = read(tiny / "runs/n1/eval/utility.json")
+    assert utility["routing"]["sample_accuracy"] == 1.0
+    for entry in utility["domains"].values():
+        scopes = entry["scopes"]
+        assert scopes["oracle"] == scopes["token"] == scopes["sample"]
+
+
+def test_oracle_is_undefined_for_random_documents(tiny):
+    utility = read(tiny / "runs/r2/eval/utility.json")
+    assert utility["macro"]["oracle"] == "undefined"
+    assert utility["routing"]["sample_accuracy"] == "undefined"
+    assert utility["macro"]["token"]["bpb"] > 0
+
+
+def test_macro_is_the_mean_over_domains(tiny):
+    utility = read(tiny / "runs/n4/eval/utility.json")
+    values = [d["scopes"]["token"]["bpb"] for d in utility["domains"].values()]
+    assert utility["macro"]["token"]["bpb"] == pytest.approx(sum(values) / 4, abs=1e-6)
+
+
+def test_gold_against_itself_and_original_against_itself(tiny):
+    """I5: gold has no gap to gold, D = 0, p = 1, PrivLeak 0; original has UA_norm 0."""
+    for name in TINY_EXPERIMENTS:
+        results = unlearning(tiny, name)
+        gold, original = results["gold"], results["original"]
+        assert gold["gap_to_gold"] == 0 and gold["KS_to_gold"] == {"D": 0.0, "p": 1.0}
+        assert gold["UA_norm"] in (1.0, "undefined")
+        assert original["UA_norm"] in (0.0, "undefined")
+        assert gold["AUC"]["PrivLeak"] in (0.0, "no power")
+        assert gold["AUC"]["reference"]["all"] == "undefined"
+        assert original["weights_removed"] is False and original["exact"] is False
+
+
+def test_words_stand_where_numbers_would_lie(tiny):
+    assert unlearning(tiny, "n1")["delete-S1"]["result"] == "not applicable: removes all 1 models"
+    for name in ("delete-S0", "delete-S1", "delete-S2"):
+        word = unlearning(tiny, "r2")[name]["result"]
+        assert word == "not applicable: removes all 2 models"
+    assert unlearning(tiny, "n1")["original"]["RA"]["far"] == "none"
+    assert unlearning(tiny, "n4")["original"]["RA"]["near"] == "none"
+    assert unlearning(tiny, "n4")["original"]["RA"]["far"] > 0
+
+
+def test_exact_flags_tell_what_they_rest_on(tiny):
+    results = unlearning(tiny, "n4")
+    flags = {n: (r["exact"], r["exact_given"], r["weights_removed"]) for n, r in results.items()}
+    assert flags["original"] == (False, [], False)
+    assert flags["delete-S0"] == (False, [], False)
+    assert flags["delete-S1"] == (True, ["tokenizer", "router"], True)
+    assert flags["delete-S2"] == flags["sisa"] == flags["gold"] == (True, ["tokenizer"], True)
+    assert results["delete-S2"]["system"] == results["gold"]["system"]
+    assert results["delete-S1"]["cost"]["tokens"] == 0
+
+
+def test_random_partitions_make_sisa_retrain_every_model(tiny):
+    results = unlearning(tiny, "r2")
+    assert results["sisa"]["cost"]["models_trained"] == 2
+    assert results["sisa"]["cost"]["tokens_relative_to_gold"] == 1.0
+    family = unlearning(tiny, "n2")
+    assert family["sisa"]["cost"]["models_trained"] == 1
+    # si alone is left of {hi, si}: about a third of the retained tokens, the router's on top
+    assert 0.3 < family["sisa"]["cost"]["tokens_relative_to_gold"] < 0.7
+    assert family["delete-S1"]["rebuilt"] == []
+
+
+def test_collateral_of_dropping_a_shared_partition_is_counted(tiny):
+    results = unlearning(tiny, "n2")
+    near = {n: results[n]["bpb"]["retain"]["near"] for n in ("original", "delete-S1", "sisa")}
+    assert near["delete-S1"] > near["original"]
+    assert abs(near["sisa"] - near["original"]) < abs(near["delete-S1"] - near["original"])
+
+
+def test_system_folders_hold_only_what_is_left_and_the_run_is_untouched(tiny):
+    run = tiny / "runs/n4"
+    for name in ("delete-S1", "delete-S2", "gold", "sisa"):
+        models = run / "unlearn/hi" / name / "system/models"
+        assert sorted(p.name for p in models.iterdir()) == ["1", "2", "3"]
+    assert len(list((run / "models").iterdir())) == 4
+    system = run / "unlearn/hi/delete-S1/system/router/router.json"
+    assert read(system)["domains"] == ["si", "de", "en"]
+
+
+def test_timings_stand_apart_from_metrics(tiny):
+    for name in TINY_EXPERIMENTS:
+        text = (tiny / "runs" / name / "metrics.json").read_text()
+        assert not re.search(r"second|host|20\d\d-\d\d", text)
+        timings = read(tiny / "runs" / name / "unlearn/hi/gold/timings.json")
+        assert timings["RTE_relative_to_gold"] == 1.0 and timings["RTE_seconds"] > 0
+
+
+def test_rerun_trains_nothing_and_repeats_every_metric(tiny):
+    models = {p: p.stat().st_mtime_ns for p in tiny.glob("runs/.store/models/*/model.safetensors")}
+    before = {n: (tiny / "runs" / n / "metrics.json").read_bytes() for n in TINY_EXPERIMENTS}
+    output = run_stages(tiny, STAGES, *[f"configs/{n}.yaml" for n in TINY_EXPERIMENTS])
+    assert "resuming" not in output
+    assert models == {p: p.stat().st_mtime_ns for p in models}
+    assert len(list(tiny.glob("runs/.store/models/*/model.safetensors"))) == len(models)
+    after = {n: (tiny / "runs" / n / "metrics.json").read_bytes() for n in TINY_EXPERIMENTS}
+    assert before == after
+
+
+def test_report_has_every_table_and_plot(tiny):
+    from tiered.report import build
+
+    page = build([tiny / "runs" / n for n in TINY_EXPERIMENTS], tiny / "report")
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<img ") == 4 and "http" not in text.replace("http-equiv", "")
+    assert text.count("<table>") == 5
+    table = (tiny / "report/tables/unlearning_hi.md").read_text(encoding="utf-8")
+    assert table.count("\n") == 2 + 4 * len(OPERATIONS)
+    value = f"{unlearning(tiny, 'n4')['original']['UA']:.3f}"
+    assert f"| 4 | original | {value} |" in table

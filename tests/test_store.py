@@ -1,0 +1,112 @@
+"""Atomic artefacts: complete or absent, damaged ones noticed, old content kept on failure."""
+
+import os
+
+import pytest
+
+from tiered.store import (
+    UserError,
+    atomic_folder,
+    content_hash,
+    digest,
+    is_complete,
+    link_tree,
+    seed_of,
+    verify,
+    write_json,
+    write_text,
+)
+
+
+def make(folder, text="one"):
+    with atomic_folder(folder) as path:
+        (path / "sub").mkdir()
+        (path / "sub" / "a.txt").write_text(text)
+    return folder
+
+
+def test_a_failed_body_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "x") as path:
+        (path / "half").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_writer_is_cleaned_up_and_a_living_one_is_kept(tmp_path):
+    dead = tmp_path / ".x.tmp4194305"  # above the largest process id of Linux
+    alive = tmp_path / f".x.tmp{os.getppid()}"
+    dead.mkdir()
+    alive.mkdir()
+    make(tmp_path / "x")
+    assert not dead.exists() and alive.exists()
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+    make(tmp_path / "x", "old")
+    os.replace(tmp_path / "x", tmp_path / ".x.old1")
+    make(tmp_path / "x", "new")
+    assert (tmp_path / "x/sub/a.txt").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_verify_names_the_changed_missing_or_extra_file(tmp_path):
+    folder = make(tmp_path / "x")
+    good = verify(folder)
+    assert good == content_hash(folder)
+    (folder / "sub" / "a.txt").write_text("onf")
+    with pytest.raises(UserError, match=r"sub/a\.txt: changed"):
+        verify(folder)
+    (folder / "sub" / "a.txt").unlink()
+    with pytest.raises(UserError, match=r"sub/a\.txt: missing"):
+        verify(folder)
+    make(folder)
+    (folder / "b.txt").write_text("")
+    with pytest.raises(UserError, match=r"b\.txt: not in the hash list"):
+        verify(folder)
+
+
+def test_content_hash_depends_on_content_alone(tmp_path):
+    a, b = make(tmp_path / "a"), make(tmp_path / "elsewhere" / "b")
+    assert content_hash(a) == content_hash(b) != content_hash(make(tmp_path / "c", "two"))
+
+
+def test_linked_tree_shares_content_and_survives_removal_of_the_source(tmp_path):
+    source = make(tmp_path / "a")
+    link_tree(source, tmp_path / "b")
+    assert (tmp_path / "b/sub/a.txt").stat().st_ino == (source / "sub/a.txt").stat().st_ino
+    make(source, "two")  # replaced by rename: the link keeps the old content
+    assert (tmp_path / "b/sub/a.txt").read_text() == "one"
+    assert is_complete(tmp_path / "b") and verify(tmp_path / "b")
+
+
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+
+    def full_disk(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, {"a": 2})
+    monkeypatch.undo()
+    assert path.read_text() == '{\n "a": 1\n}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_not_a_number_is_never_written(tmp_path):
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "a.json", {"a": float("nan")})
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_digest_ignores_key_order_and_seeds_follow_their_parts():
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert seed_of(0, "train", ["hi"]) == seed_of(0, "train", ["hi"])
+    seeds = {seed_of(0, "train", [k]) for k in range(200)} | {seed_of(1, "train", [0])}
+    assert len(seeds) == 201 and all(0 <= s < 2**31 for s in seeds)
+
+
+def test_write_text_creates_folders(tmp_path):
+    write_text(tmp_path / "a" / "b.txt", "x")
+    assert (tmp_path / "a" / "b.txt").read_text() == "x"
