@@ -33,7 +33,7 @@ def main(config: Config) -> None:
     note_provenance(
         config,
         {
-            "tokenizer": data.manifest["tokenizer"]["domains"],
+            "tokenizer": sorted(data.manifest["tokenizer"]["trained_on"]),
             "router": list(data.domains) if embedder else [],
             "centroids": [d or sorted(data.domains) for d in domains],
         },

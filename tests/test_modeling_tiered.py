@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from modeling_monet import MonetConfig, MonetForCausalLM
 from transformers import AutoModelForCausalLM
 
+from modeling_monet import MonetConfig, MonetForCausalLM
 from tiered.modeling_tiered import (
     HashedNgrams,
     Level1Config,

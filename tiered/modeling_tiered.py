@@ -154,7 +154,10 @@ class Level1Embedder(PreTrainedModel):
     ) -> torch.Tensor:
         """Cosine (B, T, C) of every prefix with every centroid."""
         prefixes = F.normalize(self.prefix_embeddings(input_ids, attention_mask), dim=-1)
-        return prefixes @ F.normalize(centroids, dim=-1).T
+        units = F.normalize(centroids, dim=-1)
+        # One centroid at a time: a matrix product's rounding depends on its shape, and removing a
+        # centroid may not change one bit of another's cosine.
+        return torch.stack([(prefixes * unit).sum(-1) for unit in units], -1)
 
 
 class HashedNgrams(nn.Module):

@@ -16,14 +16,15 @@ import json
 import lzma
 import os
 import re
+import threading
 import time
 import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
-from multiprocessing import get_context
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -414,12 +415,23 @@ def min_hash(text: str) -> MinHash:
     return result
 
 
+def lsh_bands(threshold: float) -> tuple[int, int]:
+    """(bands, rows per band) that find a pair of similarity `threshold` with probability 0.99.
+
+    A missed pair is worse than a spare candidate, which is compared anyway.
+    """
+    for rows in range(PERMUTATIONS // 2, 1, -1):
+        bands = PERMUTATIONS // rows
+        if 1 - (1 - threshold**rows) ** bands >= 0.99:
+            return bands, rows
+    return PERMUTATIONS, 1
+
+
 def drop_near_duplicates(
     documents: list[tuple[str, str]], threshold: float, counts: Counter
 ) -> list[tuple[str, str]]:
     """Documents whose estimated Jaccard similarity to every kept earlier one is below threshold."""
-    # weights: a missed pair is worse than a spare candidate, which is compared anyway.
-    index = MinHashLSH(threshold, PERMUTATIONS, weights=(0.1, 0.9))
+    index = MinHashLSH(num_perm=PERMUTATIONS, params=lsh_bands(threshold))
     hashes: dict[int, MinHash] = {}
     for i, (_, text) in enumerate(documents):
         found = min_hash(text)
@@ -612,19 +624,7 @@ def make_tokenizer(config: Config, pool: Executor | None = None) -> dict[str, An
         record = read_json(folder / "tokenizer_record.json")
         if not bpe or not _training_text_changed(config, record["trained_on"]):
             return record
-    trained_on: dict[str, str] = {}
-    if bpe:
-        texts = []
-        clean_domains(config, pool, _training_domains(config))
-        for domain in tokenizer_domains(config):
-            trained_on[domain] = content_hash(clean_folder(config, domain))
-            ids, documents = read_clean(config, domain)
-            texts += [documents[i] for i in split_order(ids, config.data)["router"]]
-        tokenizer = _own_tokenizer(train_bpe(texts, config.tokenizer.vocab_size))
-    elif config.tokenizer.name == "bytes":
-        tokenizer = _own_tokenizer(bytes_tokenizer())
-    else:
-        tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.revision)
+    tokenizer, trained_on = _new_tokenizer(config, pool)
     # of a folder the content counts (it is in the hash), not where it happened to stand.
     name = "folder" if "folder" in tokenizer_part(config) else config.tokenizer.name
     record = tokenizer_record(tokenizer, name) | {"trained_on": trained_on}
@@ -632,6 +632,25 @@ def make_tokenizer(config: Config, pool: Executor | None = None) -> dict[str, An
         tokenizer.save_pretrained(temporary)
         write_json(temporary / "tokenizer_record.json", record)
     return record
+
+
+def _new_tokenizer(config: Config, pool: Executor | None) -> tuple[Any, dict[str, str]]:
+    """The config's tokenizer, and the domains it was trained on with their text's hash."""
+    name, trained_on = config.tokenizer.name, {}
+    if name == "bytes":
+        return _own_tokenizer(bytes_tokenizer()), trained_on
+    if name != "bpe":
+        # a tokenizer of this project's making still saw the text it once was trained on.
+        origin = Path(name) / "tokenizer_record.json"
+        trained_on = read_json(origin)["trained_on"] if origin.is_file() else {}
+        return load_tokenizer(name, config.tokenizer.revision), trained_on
+    texts = []
+    clean_domains(config, pool, _training_domains(config))
+    for domain in tokenizer_domains(config):
+        trained_on[domain] = content_hash(clean_folder(config, domain))
+        ids, documents = read_clean(config, domain)
+        texts += [documents[i] for i in split_order(ids, config.data)["router"]]
+    return _own_tokenizer(train_bpe(texts, config.tokenizer.vocab_size)), trained_on
 
 
 def _training_domains(config: Config) -> list[str]:
@@ -885,9 +904,21 @@ def workers(config: Config) -> Iterator[Executor | None]:
     """A pool of data.num_proc processes; None (this process) for one."""
     # spawn: a forked copy of a process whose tokenizer threads run can lock up.
     count = min(config.data.num_proc, len(config.data.domains))
-    pool = ProcessPoolExecutor(count, get_context("spawn")) if count > 1 else nullcontext()
-    with pool as executor:
-        yield executor
+    if count == 1:
+        yield None
+        return
+    with ProcessPoolExecutor(count, get_context("spawn"), _end_with_parent) as pool:
+        yield pool
+
+
+def _end_with_parent() -> None:
+    """Make a worker end when its parent is killed; it would wait for work for ever."""
+
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def for_domains(
@@ -947,6 +978,8 @@ def write_manifest(config: Config, tokenizer: dict[str, Any]) -> dict[str, Any]:
     folder = processed_folder(config)
     domains = {}
     for path in sorted(folder.glob("*/manifest.json")):
+        if path.parent.name.startswith("."):
+            continue  # a living writer's temporary folder
         manifest = read_json(path)
         if is_complete(path.parent) and manifest["tokenizer_hash"] == tokenizer["hash"]:
             domains[path.parent.name] = manifest
@@ -965,7 +998,10 @@ def table_text(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
-        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths)))
+        "  ".join(
+            c.rjust(w) if i else c.ljust(w)
+            for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     )
 

@@ -121,7 +121,7 @@ def describe(
 
 def _tokenizer_domains(context: Context) -> list[str]:
     """Domains whose text trained the tokenizer; none if it came from outside."""
-    return context.data.manifest["tokenizer"]["domains"]
+    return sorted(context.data.manifest["tokenizer"]["trained_on"])
 
 
 def _measured(context: Context, forget: str, name: str, outcome: Outcome) -> Measured:

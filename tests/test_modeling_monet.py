@@ -1,0 +1,551 @@
+"""Monet against golden files, brute force over all E^2 experts, and exact no-ops."""
+
+import copy
+import math
+import subprocess
+import sys
+from pathlib import Path
+from statistics import NormalDist
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from modeling_monet import (
+    MonetConfig,
+    MonetForCausalLM,
+    MonetMoHDE,
+    MonetMoVDE,
+    MonetRouter,
+    ambiguity_loss,
+    squared_relu,
+    uniformity_loss,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+V = 61
+
+
+def config(**changes) -> MonetConfig:
+    values = {
+        "vocab_size": V,
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 32,
+        "moe_dim": 4,
+        "moe_heads": 2,
+        "moe_experts": 6,
+        "moe_topk": 2,
+        "moe_groups": 2,
+        "initializer_range": 0.3,
+    }
+    return MonetConfig(**{**values, **changes})
+
+
+def monet(seed: int = 0, attention: str = "eager", **changes) -> MonetForCausalLM:
+    torch.manual_seed(seed)
+    made = config(**changes)
+    made._attn_implementation = attention
+    return MonetForCausalLM(made).eval()
+
+
+def ids(rows: int = 3, length: int = 12, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def random_gates(
+    heads: int, experts: int, dtype=torch.float64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.rand(2, 2, 3, heads, experts, dtype=dtype)
+    g = torch.where(g < 0.3, 0.0, g)
+    return tuple(g / g.sum(-1, keepdim=True))
+
+
+# ---------------------------------------------------------------- golden parity
+
+
+@pytest.fixture(scope="module", params=["monet-vd", "monet-hd"])
+def golden(request):
+    folder = GOLDEN / request.param
+    made = MonetConfig.from_pretrained(folder)
+    made.uniformity_loss_coef = made.ambiguity_loss_coef = 0.0
+    model, info = MonetForCausalLM.from_pretrained(
+        folder, config=made, attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    return model, load_file(folder / "expected.safetensors")
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Within 2e-5 of the tensor's largest magnitude: float32 summation order."""
+    return (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+def test_golden_evaluation(golden):
+    model, expected = golden
+    x = expected["input_ids"]
+    with torch.no_grad():
+        out = model.eval()(x, labels=x, output_hidden_states=True, output_router_probs=True)
+    assert close(out.logits, expected["eval.logits"])
+    assert close(out.loss[None], expected["eval.loss"])
+    assert len(out.hidden_states) == 5
+    for i, state in enumerate(out.hidden_states):
+        assert close(state, expected[f"eval.hidden_states.{i}"]), i
+    for group, pair in zip((0, 2), out.router_probs, strict=True):
+        for axis, gate in enumerate(pair, 1):
+            assert close(gate, expected[f"eval.router_probs.{group}.g{axis}"])
+
+
+def test_golden_training(golden):
+    model, expected = copy.deepcopy(golden[0]).train(), golden[1]
+    x = expected["input_ids"]
+    out = model(x, labels=x)
+    out.loss.backward()
+    assert close(out.logits, expected["train.logits"])
+    assert close(out.loss[None], expected["train.loss"])
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    assert len(gradients) == sum(n.startswith("train.grad.") for n in expected)
+    for name, gradient in gradients.items():
+        assert close(gradient, expected[f"train.grad.{name}"]), name
+    buffers = {n: b for n, b in model.named_buffers() if "running" in n}
+    assert len(buffers) == 8
+    for name, buffer in buffers.items():
+        assert close(buffer, expected[f"train.buffer.{name}"]), name
+
+
+# ---------------------------------------------------------------- sizes
+
+
+TABLE = [  # hidden, experts, published trainable (row 4's is a quarter of row 1's: computed here)
+    (2048, 512, 766_556_160, 800_110_592),
+    (1224, 256, 382_931_320, 392_958_328),
+    (712, 128, 198_689_656, 201_606_008),
+    (384, 64, 99_883_648, 100_670_080),
+    (196, 32, 48_925_020, 49_125_724),
+]
+
+
+@pytest.mark.parametrize("hidden, experts, without, with_routers", TABLE)
+def test_parameter_table_of_the_paper_sizes(hidden, experts, without, with_routers):
+    made = MonetConfig(
+        vocab_size=119547,
+        hidden_size=hidden,
+        num_hidden_layers=8,
+        num_attention_heads=32,
+        moe_dim=8,
+        moe_heads=8,
+        moe_topk=8,
+        moe_groups=4,
+        moe_experts=experts,
+    )
+    with torch.device("meta"):
+        model = MonetForCausalLM(made)
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    assert sum(sizes.values()) == with_routers
+    assert sum(s for n, s in sizes.items() if ".router." not in n) == without
+    counts = made.parameter_counts()
+    assert counts["total"] == with_routers and counts["trainable_without_routers"] == without
+    assert counts["experts"] == sum(s for n, s in sizes.items() if ".moe." in n)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"moe_decompose": "horizontal"},
+        {"tie_word_embeddings": True},
+        {"num_key_value_heads": 2},
+        {"num_hidden_layers": 3},
+    ],
+)
+def test_parameter_counts_equal_the_model(changes):
+    model = monet(**changes)
+    assert model.config.parameter_counts()["total"] == sum(p.numel() for p in model.parameters())
+
+
+# ---------------------------------------------------------------- experts and router
+
+
+def test_vertical_layer_is_the_sum_over_all_experts():
+    torch.manual_seed(0)
+    layer = MonetMoVDE(config()).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 3, 16, dtype=torch.float64)
+    g1, g2 = random_gates(2, 6)
+    k = 2
+    expected = torch.zeros_like(x)
+    for i in range(6):
+        rows_i = slice(i * k, (i + 1) * k)
+        a = squared_relu(x @ layer.u1.weight[rows_i].T + layer.u1.bias[rows_i])
+        for j in range(6):
+            rows_j = slice(j * k, (j + 1) * k)
+            c = squared_relu(x @ layer.u2.weight[rows_j].T + layer.u2.bias[rows_j])
+            left = (
+                a @ layer.v11.weight[:, rows_i].T + c @ layer.v12.weight[:, rows_i].T + layer.b1[i]
+            )
+            right = (
+                a @ layer.v21.weight[:, rows_j].T + c @ layer.v22.weight[:, rows_j].T + layer.b2[j]
+            )
+            gate = (g1[..., i] * g2[..., j]).sum(-1, keepdim=True)
+            expected += gate * torch.cat([left, right], -1)
+    assert torch.allclose(layer(x, g1, g2), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_horizontal_layer_is_the_sum_over_all_experts():
+    torch.manual_seed(0)
+    layer = MonetMoHDE(config(moe_decompose="horizontal")).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 3, 16, dtype=torch.float64)
+    g1, g2 = random_gates(2, 6)
+    m = 4
+    expected = torch.zeros_like(x)
+    for i in range(6):
+        rows_i = slice(i * m, (i + 1) * m)
+        a = squared_relu(x @ layer.u.weight[rows_i].T + layer.u.bias[rows_i])
+        for j in range(6):
+            value = a @ layer.v.weight[:, j * m : (j + 1) * m].T + layer.b[j]
+            expected += (g1[..., i] * g2[..., j]).sum(-1, keepdim=True) * value
+    assert torch.allclose(layer(x, g1, g2), expected, atol=1e-10, rtol=1e-10)
+
+
+def reference_gates(z: torch.Tensor, mean, variance, topk: int) -> torch.Tensor:
+    """The keep rule spelt out: normalise, compare with the quantile, at least the largest."""
+    b, t, h, e = z.shape
+    out = torch.zeros_like(z)
+    quantile = NormalDist().inv_cdf(1 - topk / e) if topk < e else -math.inf
+    for i in range(b):
+        for j in range(t):
+            for head in range(h):
+                row = z[i, j, head]
+                normal = (row - mean[head]) / torch.sqrt(variance[head] + 1e-5)
+                keep = normal >= min(quantile, normal.max())
+                out[i, j, head, keep] = row[keep].softmax(0)
+    return out
+
+
+def test_router_keeps_by_quantile_and_falls_back_to_the_largest():
+    torch.manual_seed(0)
+    router = MonetRouter(config(moe_topk=1)).eval()
+    for name, norm in (("w1", router.norm1), ("w2", router.norm2)):
+        nn.init.normal_(getattr(router, name).weight)
+        norm.running_mean.copy_(torch.tensor([0.5, -1.0]))
+        norm.running_var.copy_(torch.tensor([60.0, 9.0]))
+    x = torch.randn(3, 8, 16)
+    gates, _ = router(x, None)
+    for w, norm, gate in ((router.w1, router.norm1, gates[0]), (router.w2, router.norm2, gates[1])):
+        z = w(x).view(3, 8, 2, 6)
+        expected = reference_gates(z, norm.running_mean, norm.running_var, 1)
+        assert torch.allclose(gate, expected, atol=1e-6)
+        normal = (z - norm.running_mean[:, None]) / torch.sqrt(norm.running_var + 1e-5)[:, None]
+        # the fallback really happens here, and so does keeping more than one
+        fallback = normal.amax(-1) < NormalDist().inv_cdf(1 - 1 / 6)
+        assert fallback.any() and ((gate > 0).sum(-1) > 1).any()
+        assert ((gate > 0).sum(-1)[fallback] == 1).all()
+
+
+def test_topk_of_all_experts_keeps_all():
+    torch.manual_seed(0)
+    router = MonetRouter(config(moe_topk=6)).eval()
+    nn.init.normal_(router.w1.weight)
+    x = torch.randn(1, 4, 16)
+    (g1, _), _ = router(x, None)
+    assert torch.allclose(g1, router.w1(x).view(1, 4, 2, 6).softmax(-1), atol=1e-7)
+    assert (g1 > 0).all()
+
+
+def test_batch_statistics_leave_padding_out():
+    torch.manual_seed(0)
+    router = MonetRouter(config()).train()
+    nn.init.normal_(router.w1.weight)
+    nn.init.normal_(router.w2.weight)
+    x = torch.randn(2, 5, 16)
+    valid = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]], dtype=torch.bool)
+    (g1, _), statistics = router(x, valid)
+    reference = nn.BatchNorm1d(2, affine=False).train()
+    z = router.w1(x).view(2, 5, 2, 6)[valid]  # (7, H, E)
+    normal = reference(z)
+    router.update_running_statistics(statistics)
+    assert torch.allclose(router.norm1.running_mean, reference.running_mean, atol=1e-6)
+    assert torch.allclose(router.norm1.running_var, reference.running_var, atol=1e-6)
+    threshold = torch.minimum(normal.amax(-1), torch.tensor(NormalDist().inv_cdf(1 - 2 / 6)))
+    assert torch.equal(g1[valid] > 0, normal >= threshold[..., None])
+
+
+def test_padding_changes_neither_loss_gradient_nor_buffers():
+    x = ids(2, 12)
+    short = x[:, :9]
+    mask = torch.ones_like(x)
+    mask[:, 9:] = 0
+    models = [monet().train() for _ in range(2)]
+    losses = [models[0](x, attention_mask=mask, labels=x).loss, models[1](short, labels=short).loss]
+    assert torch.allclose(losses[0], losses[1], atol=1e-6)
+    for model, loss in zip(models, losses, strict=True):
+        loss.backward()
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=2e-6), name
+    for a, b in zip(models[0].buffers(), models[1].buffers(), strict=True):
+        assert torch.allclose(a.double(), b.double(), atol=1e-6)
+
+
+# ---------------------------------------------------------------- losses
+
+
+def test_auxiliary_losses_by_formula():
+    torch.manual_seed(0)
+    gates = random_gates(2, 6, torch.float32)
+    valid = torch.tensor([[1, 1, 0], [1, 0, 0]], dtype=torch.bool)
+    uniform = ambiguity = 0.0
+    for gate in gates:
+        kept = gate[valid]
+        for h in range(2):
+            uniform -= kept[:, h].mean(0).clamp(min=1e-9).log().sum().item() / (2 * 2 * 6)
+            ambiguity += sum(1 - kept[t, h].max().item() for t in range(3)) / 3 / (2 * 2)
+    assert uniformity_loss(gates, valid).item() == pytest.approx(uniform, rel=1e-5)
+    assert ambiguity_loss(gates, valid).item() == pytest.approx(ambiguity, rel=1e-5)
+    even = torch.full((1, 4, 2, 6), 1 / 6)
+    assert uniformity_loss((even, even), None).item() == pytest.approx(math.log(6), rel=1e-6)
+
+
+def test_auxiliary_losses_count_in_training_only():
+    model, x = monet(uniformity_loss_coef=0.5, ambiguity_loss_coef=0.25), ids()
+    out = model(x, labels=x)
+    assert torch.equal(out.loss, out.lm_loss)
+    model.train()
+    out = model(x, labels=x)
+    expected = out.lm_loss + 0.5 * out.uniformity_loss + 0.25 * out.ambiguity_loss
+    assert torch.allclose(out.loss, expected)
+    model.config.uniformity_loss_coef = model.config.ambiguity_loss_coef = 0.0
+    assert torch.equal(model(x, labels=x).loss, model(x, labels=x).lm_loss)
+
+
+def test_auxiliary_losses_count_once_under_accumulation():
+    """Over uneven micro-batches the step's auxiliary term is the token-weighted mean."""
+    model = monet(uniformity_loss_coef=0.5, ambiguity_loss_coef=0.25).train()
+    parts = [ids(3, 12, 1), ids(1, 12, 2)]
+    items = sum(p[:, 1:].numel() for p in parts)
+    total, expected = 0.0, 0.0
+    for part in parts:
+        out = model(part, labels=part, num_items_in_batch=items)
+        alone = model(part, labels=part)
+        share = part[:, 1:].numel() / items
+        total += out.loss.item()
+        auxiliary = 0.5 * alone.uniformity_loss + 0.25 * alone.ambiguity_loss
+        expected += share * (alone.lm_loss + auxiliary).item()
+    assert total == pytest.approx(expected, rel=1e-6)
+
+
+def test_trainer_accumulation_equals_one_large_batch(tmp_path):
+    """Two micro-batches of equal rows: the same BatchNorm statistics and auxiliary losses, so one
+    step of the Trainer equals one step on a single batch, auxiliary losses included."""
+    row = {"input_ids": ids(1)[0], "labels": ids(1)[0]}
+    weights = []
+    for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
+        model = monet(uniformity_loss_coef=0.5, ambiguity_loss_coef=0.25)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=batch,
+            learning_rate=0.1,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            optim="sgd",
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            max_grad_norm=0,
+            lr_scheduler_type="constant",
+        )
+        Trainer(model=model, args=arguments, train_dataset=[row] * 4).train()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    before = torch.cat([p.detach().flatten() for p in monet().parameters()])
+    assert (weights[0] - before).abs().max() > 1e-2
+    assert torch.allclose(weights[0], weights[1], atol=2e-6)
+    assert torch.allclose(weights[0], weights[2], atol=2e-6)
+
+
+def test_ignored_labels_and_no_labels():
+    model, x = monet(), ids()
+    assert model(x).loss is None
+    labels = x.clone()
+    labels[:, :7] = -100
+    logp = model(x).logits.log_softmax(-1)
+    picked = -logp[:, 6:-1].gather(-1, x[:, 7:, None])
+    assert model(x, labels=labels).loss.item() == pytest.approx(picked.mean().item(), abs=1e-6)
+
+
+# ---------------------------------------------------------------- attention, cache, packing
+
+
+def test_sdpa_equals_eager():
+    for changes in ({}, {"num_key_value_heads": 2}):
+        a, b = monet(attention="eager", **changes), monet(attention="sdpa", **changes)
+        x, mask = ids(), torch.ones(3, 12, dtype=torch.long)
+        mask[0, :4] = 0
+        for arguments in ({}, {"attention_mask": mask}):
+            found, expected = a(x, **arguments).logits, b(x, **arguments).logits
+            valid = mask.bool() if arguments else torch.ones_like(x, dtype=torch.bool)
+            assert torch.allclose(found[valid], expected[valid], atol=1e-5)
+
+
+def test_grouped_heads_equal_repeated_heads():
+    grouped, full = monet(num_key_value_heads=2), monet()
+    state = grouped.state_dict()
+    for name in list(state):
+        if "k_proj" in name or "v_proj" in name:
+            state[name] = state[name].view(2, 4, 16).repeat_interleave(2, 0).reshape(16, 16)
+    full.load_state_dict(state)
+    assert torch.allclose(grouped(ids()).logits, full(ids()).logits, atol=1e-5)
+
+
+def test_logits_never_see_a_later_token():
+    model, x = monet(), ids()
+    changed = x.clone()
+    changed[:, 8:] = 3
+    a, b = model(x).logits, model(changed).logits
+    assert torch.equal(a[:, :8], b[:, :8]) and not torch.equal(a[:, 8:], b[:, 8:])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_documents_do_not_see_one_another(attention):
+    model = monet(attention=attention)
+    lengths = [[5, 4, 3], [7, 5, 0]]
+    x = ids(2, 12)
+    positions = torch.tensor([[*range(5), *range(4), *range(3)], [*range(7), *range(5)]])
+    packed = model(x, position_ids=positions, use_cache=False).logits
+    for row, parts in enumerate(lengths):
+        begin = 0
+        for length in filter(None, parts):
+            alone = model(x[row : row + 1, begin : begin + length]).logits[0]
+            assert torch.allclose(packed[row, begin : begin + length], alone, atol=1e-5)
+            begin += length
+    assert not torch.allclose(packed, model(x, use_cache=False).logits, atol=1e-3)
+
+
+def test_cached_generation_equals_full_forwards():
+    model, x = monet(attention="sdpa"), ids(2, 6)
+    out = model.generate(
+        x,
+        max_new_tokens=8,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    sequence = x
+    for step in range(8):
+        logits = model(sequence, use_cache=False).logits[:, -1]
+        assert torch.allclose(out.logits[step], logits, atol=1e-5)
+        sequence = torch.cat([sequence, logits.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(out.sequences, sequence)
+
+
+def test_left_padded_batch_generates_what_single_rows_do():
+    model, x = monet(attention="sdpa"), ids(2, 7)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), x], 1)
+    padded[1, :5] = 0
+    mask = torch.ones_like(padded)
+    mask[0, :3] = 0
+    mask[1, :5] = 0
+    together = model.generate(
+        padded, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0
+    )[:, 10:]
+    singles = [x[:1], padded[1:, 5:]]
+    for row, single in enumerate(singles):
+        alone = model.generate(single, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert torch.equal(together[row], alone[0, single.shape[1] :])
+
+
+def test_logits_to_keep_is_the_tail():
+    model, x = monet(), ids()
+    full = model(x).logits
+    assert torch.allclose(model(x, logits_to_keep=2).logits, full[:, -2:], atol=1e-6)
+
+
+# ---------------------------------------------------------------- training mechanics
+
+
+def test_gradient_checkpointing_changes_neither_gradients_nor_buffers():
+    x, results = ids(), []
+    for checkpointing in (False, True):
+        model = monet().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert model.model.layers[0].gradient_checkpointing
+        model(x, labels=x).loss.backward()
+        results.append(([p.grad for p in model.parameters()], list(model.buffers())))
+    for a, b in zip(results[0][0], results[1][0], strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        assert torch.equal(a, b)  # one update of the running statistics, not two
+    assert max(int(b) for b in results[1][1] if b.dtype == torch.long) == 1
+
+
+def test_evaluation_moves_no_buffer_and_frozen_routers_get_no_gradient():
+    model, x = monet(), ids()
+    before = [b.clone() for b in model.buffers()]
+    model(x, labels=x)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+    frozen = monet(freeze_router=True).train()
+    frozen(x, labels=x).loss.backward()
+    for name, parameter in frozen.named_parameters():
+        assert (parameter.grad is None) == (".router." in name), name
+    trained = monet().train()
+    trained(x, labels=x).loss.backward()
+    assert trained.model.layers[0].router.w1.weight.grad.abs().max() > 0
+
+
+def test_initial_weights():
+    model = monet(hidden_size=64, moe_experts=16, vocab_size=997, initializer_range=0.02)
+    for name, parameter in model.named_parameters():
+        if name.endswith("layernorm.weight") or name.endswith("norm.weight"):
+            assert torch.all(parameter == 1), name
+        elif name.endswith(("bias", ".b", ".b1", ".b2")):
+            assert torch.all(parameter == 0), name
+        else:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hidden_size": 15}, "hidden_size: 15 must be even"),
+        ({"hidden_size": 20}, r"num_attention_heads: 4 must be such that head_dim .*\(5\) is even"),
+        ({"moe_topk": 7}, r"moe_topk: 7 must be between 1 and moe_experts \(6\)"),
+        ({"moe_topk": 0}, "moe_topk: 0 must be"),
+        ({"moe_decompose": "diagonal"}, "moe_decompose: 'diagonal' must be vertical or horizontal"),
+        ({"moe_dim": 3}, "moe_dim: 3 must be even"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: 3 must be a divisor"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu' must be relu2"),
+        ({"moe_groups": 0}, "moe_groups: 0 must be positive"),
+    ],
+)
+def test_bad_configs_name_key_value_and_what_is_allowed(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_saved_model_loads_from_a_fresh_process_outside_the_repository(tmp_path):
+    model, x = monet(), ids()
+    model.save_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    state = again.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    expected = model(x).logits.sum().item()
+    code = (
+        "import torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "m = AutoModelForCausalLM.from_pretrained('model', trust_remote_code=True)\n"
+        f"print(type(m).__name__, m(torch.tensor({x.tolist()})).logits.sum().item())\n"
+    )
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PATH": "/usr/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    name, value = done.stdout.split()
+    assert name == "MonetForCausalLM"
+    assert float(value) == pytest.approx(expected, rel=1e-4)
