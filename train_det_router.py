@@ -7,9 +7,8 @@ Writes  runs/<experiment>/router/, partition/map.json, provenance.json
     python train_det_router.py configs/c4/trained/n16.yaml            # one GPU
 """
 
-from tiered.data import ProcessedData
-
 from tiered.config import Config, run_script
+from tiered.data import ProcessedData
 from tiered.partition import make_partition_map
 from tiered.record import note_provenance, start, timed
 from tiered.router import make_router, save_router, train_embedder, write_partition_map

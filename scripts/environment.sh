@@ -10,3 +10,10 @@ if [ ! -f "$VENV/.complete" ] || [ requirements.txt -nt "$VENV/.complete" ]; the
   touch "$VENV/.complete"
 fi
 PYTHON="$VENV/bin/python"
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=false
+# Spinning OpenMP threads stall one another on a busy machine; large blocks that go back to the
+# system at every free cost page faults (a third of a small model's training step). No result
+# depends on either.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=2000000000
+export MALLOC_TOP_PAD_=134217728

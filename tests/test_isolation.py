@@ -176,7 +176,7 @@ def test_splits_are_disjoint_by_document(pair, monkeypatch):
 
 
 def test_a_generator_shared_by_partitions_would_break_isolation():
-    """Planted violation of I1: orders drawn from one running generator depend on what came before."""
+    """Planted violation of I1: a running generator depends on what was drawn before."""
     blocks = np.arange(40).reshape(10, 4)
 
     def orders(partitions: list[str], shared: bool) -> dict[str, list[int]]:

@@ -283,7 +283,7 @@ def test_padding_changes_neither_loss_gradient_nor_buffers():
     models = [monet().train() for _ in range(2)]
     losses = [models[0](x, attention_mask=mask, labels=x).loss, models[1](short, labels=short).loss]
     assert torch.allclose(losses[0], losses[1], atol=1e-6)
-    for model, loss in zip(models, losses, strict=True):
+    for loss in losses:
         loss.backward()
     for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, atol=2e-6), name

@@ -29,7 +29,6 @@ def level1(embedder: str) -> Level1Config:
         num_hidden_layers=2,
         max_position_embeddings=T,
         ngram_buckets=31,
-        initializer_range=0.5,
     )
 
 

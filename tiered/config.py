@@ -166,7 +166,7 @@ class RouterConfig:
     num_attention_heads: int = opt(2, "embedder heads", low=1)
     num_train_epochs: float = opt(1.0, "passes over the router split", low=0)
     batch_rows: int = opt(16, "rows per optimizer step", low=1)
-    learning_rate: float = opt(3e-3, "peak learning rate of the embedder (AdamW)", low=0)
+    learning_rate: float = opt(1e-2, "peak learning rate of the embedder (AdamW)", low=0)
     tokens_per_domain: int = opt(0, "router-split tokens used per domain; 0: all", low=0)
     ngram_buckets: int = opt(4096, "hash buckets of hashed_ngrams", low=2)
     ngram_max: int = opt(2, "longest token n-gram of hashed_ngrams", low=1)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from transformers.utils.logging import disable_progress_bar
 
 from tiered.config import Config, plain
 from tiered.store import TIMINGS, read_json, write_json, write_text
@@ -48,6 +49,7 @@ def environment(config: Config) -> dict[str, Any]:
 def start(config: Config, stage: str) -> None:
     """Write config.yaml and record.json of the run folder, before the stage does any work."""
     set_threads(config)
+    disable_progress_bar()  # of transformers: ours say what is being done, in units
     folder = config.run_dir
     text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
     write_text(folder / "config.yaml", text)

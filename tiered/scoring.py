@@ -55,7 +55,9 @@ def score_prefixes(
     device = next(model.parameters()).device
     for batch in input_ids.split(batch_rows):
         batch = batch.to(device)
-        logits = model(input_ids=batch[:, :length], use_cache=False).logits.float()  # (b, length, V)
+        logits = model(
+            input_ids=batch[:, :length], use_cache=False
+        ).logits.float()  # (b, length, V)
         targets = batch[:, 1 : length + 1]
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         losses.append(loss.view(targets.shape).cpu())

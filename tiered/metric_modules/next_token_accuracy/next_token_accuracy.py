@@ -1,6 +1,6 @@
 """Top-1 next-token accuracy as an `evaluate` metric that loads without the hub.
 
-    evaluate.load("tiered/metric_modules/next_token_accuracy")
+evaluate.load("tiered/metric_modules/next_token_accuracy")
 """
 
 import datasets
