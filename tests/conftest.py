@@ -47,11 +47,11 @@ data:
   domains: [hi, si, de, en]
   block_size: 32
   min_characters: 100
-  tokens_per_domain: 2000
+  tokens_per_domain: 12000
   repeats: {4: 4, 16: 4}
   repeat_domains: [hi]
   num_proc: 1
-tokenizer: {name: bpe, vocab_size: 300}
+tokenizer: {name: bpe, vocab_size: 400}
 router: {hidden_size: 16, context_tokens: 8, batch_rows: 8}
 model: {hidden_size: 16, moe_experts: 4, moe_topk: 2, moe_heads: 2, moe_dim: 4, moe_groups: 1}
 training:

@@ -135,7 +135,7 @@ def test_a_vocabulary_beyond_the_embedding_is_refused(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted / "processed", folder / "processed")
     shutil.copytree(uninterrupted / "configs", folder / "configs")
     line = failing(folder, ("run_clm",), CONFIG, "model.vocab_size=100")
-    assert "model.vocab_size: 100 is smaller than the tokenizer (300 tokens)" in line
+    assert "model.vocab_size: 100 is smaller than the tokenizer (400 tokens)" in line
     line = failing(folder, ("run_clm",), CONFIG, "model.moe_topk=9")
     assert "moe_topk" in line and "9" in line
 
