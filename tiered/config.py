@@ -538,9 +538,6 @@ def check(config: Config) -> Config:
                 raise UserError(
                     f"{key}: {name!r} is not in data.domains ({', '.join(data.domains)})"
                 )
-    for name in config.unlearn.forget:
-        if name in data.exclude_domains:
-            raise UserError(f"unlearn.forget: {name!r} is already in data.exclude_domains")
     if not config.present_domains:
         raise UserError("data.exclude_domains: every domain is excluded")
     _check_splits(data)

@@ -33,6 +33,9 @@ def open_run(config: Config) -> Context:
     """Context of a finished run; UserError naming the missing stage or a bad forget domain."""
     if not config.unlearn.forget:
         raise UserError("unlearn.forget: name at least one forget domain, e.g. unlearn.forget=hi")
+    for name in config.unlearn.forget:
+        if name in config.data.exclude_domains:
+            raise UserError(f"unlearn.forget: {name!r} is already in data.exclude_domains")
     if config.router.scope == "oracle":
         raise UserError(
             "router.scope: oracle routing needs the removed label; unlearning is measured under"
