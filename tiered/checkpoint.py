@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from tiered.store import UserError, atomic_folder, is_complete, read_json, verify
+from tiered.store import TIMINGS, UserError, atomic_folder, is_complete, read_json, verify
 
 KEPT = 2  # the newest may be damaged by the disk: keep the one before it
 
@@ -38,8 +38,11 @@ def prune(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def save(folder: Path, trainer: Any) -> None:
-    """Write the whole state of a transformers Trainer as one atomic folder."""
+def save(folder: Path, trainer: Any, seconds: float) -> None:
+    """Write the whole state of a transformers Trainer as one atomic folder.
+
+    seconds: training time so far, kept in the timings file, which no hash covers.
+    """
     with atomic_folder(folder) as path:
         weights = {k: v.detach().cpu().contiguous() for k, v in trainer.model.state_dict().items()}
         save_file(_without_shared(weights), path / "model.safetensors")
@@ -48,6 +51,7 @@ def save(folder: Path, trainer: Any) -> None:
         _save_random_state(path)
         _write(path / "loss_accumulator.json", trainer.loss_accumulator())
         trainer.state.save_to_json(str(path / "trainer_state.json"))
+        _write(path / TIMINGS, {"seconds": seconds})
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:

@@ -322,9 +322,9 @@ def plot_utility(runs: list[Run]) -> plt.Figure:
     return figure
 
 
-def removal_cost(run: Run) -> list[float]:
-    """Per forget domain: least token share of a full retrain that any operation needs to be exact
-    with no other domain losing its model."""
+def removal_cost(run: Run, given_router: bool) -> list[float]:
+    """Per forget domain: least token share of a full retrain that an operation needs to be exact
+    with no other domain losing its model; `given_router`: the router may have seen the domain."""
     costs = []
     for operations in run.unlearning.values():
         kept = [
@@ -332,6 +332,7 @@ def removal_cost(run: Run) -> list[float]:
             for name, r in operations.items()
             if "result" not in r
             and r["exact"]
+            and (given_router or "router" not in r["exact_given"])
             and (name == "sisa" or (name.startswith("delete") and r["RA"]["near"] == "none"))
         ]
         if kept:
@@ -341,22 +342,42 @@ def removal_cost(run: Run) -> list[float]:
 
 def plot_tradeoff(runs: list[Run]) -> plt.Figure | None:
     """Headline: utility against the cost of removing a domain exactly."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    drawn = False
+    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    kinds = {
+        "router rebuilt without the domain": (False, "white"),
+        "exact given the router": (True, "black"),
+    }
     for run in sorted(runs, key=lambda r: r.n):
-        costs = removal_cost(run)
-        if not costs:
+        y = 100 * run.utility["macro"][run.scope]["gain_over_unigram"]
+        places = []
+        for given_router, fill in kinds.values():
+            costs = removal_cost(run, given_router)
+            if not costs or float(np.mean(costs)) in places:
+                continue
+            x = float(np.mean(costs))
+            places.append(x)
+            spread = [[x - min(costs)], [max(costs) - x]]
+            style = {"color": "black", "mfc": fill, "capsize": 3, "zorder": 3}
+            axes.errorbar(x, y, xerr=spread, fmt="o", **style)
+        if not places:
             continue
-        drawn = True
-        x, y = float(np.mean(costs)), 100 * run.utility["macro"][run.scope]["gain_over_unigram"]
-        spread = [[x - min(costs)], [max(costs) - x]]
-        axes.errorbar(x, y, xerr=spread, fmt="o", color="black", mfc="white", capsize=3)
-        axes.annotate(run.label, (x, y), textcoords="offset points", xytext=(6, 6))
-    axes.set_xlim(-0.03, 1.12)
+        axes.plot(places, [y] * len(places), color="gray", lw=1)
+        side = "right" if max(places) > 0.8 else "left"
+        axes.annotate(
+            run.label, (places[-1], y), xytext=(0, 8), textcoords="offset points", ha=side
+        )
+    axes.set_xlim(-0.05, 1.05)
     axes.margins(y=0.25)
-    axes.set_xlabel("cost of removing one domain exactly (tokens, share of a full retrain)")
+    axes.set_xlabel(
+        "cost of removing one domain exactly (training tokens, share of a full retrain)"
+    )
     axes.set_ylabel("utility: bits per byte below the unigram (%)")
-    return figure if drawn else None
+    handles = [
+        plt.Line2D([], [], marker="o", color="black", mfc=fill, ls="", label=label)
+        for label, (_, fill) in kinds.items()
+    ]
+    axes.legend(handles=handles, fontsize=8)
+    return figure if axes.lines else None
 
 
 def plot_routing(runs: list[Run]) -> plt.Figure:
@@ -395,13 +416,14 @@ def plot_cost(runs: list[Run]) -> plt.Figure | None:
     greys = np.linspace(0.15, 0.85, len(runs))
     floor = 1e-3
     for i, run in enumerate(runs):
+        unnamed = True
         for j, name in enumerate(names):
             seconds = _mean_seconds(run, name)
             x = j + (i - (len(runs) - 1) / 2) * width
             if seconds is None:
                 axes.text(x, floor * 1.3, "n/a", ha="center", fontsize=8, rotation=90)
                 continue
-            label = run.label if j == 0 else None
+            label, unnamed = (run.label if unnamed else None), False
             axes.bar(
                 x,
                 max(seconds, floor),

@@ -128,9 +128,8 @@ class ResumableTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = self.checkpoints / f"checkpoint-{self.state.global_step:08d}"
-        checkpoint.save(folder, self)
         seconds = self.seconds_before + time.perf_counter() - self.begin
-        write_json(folder / TIMINGS, {"seconds": seconds})
+        checkpoint.save(folder, self, seconds)
         checkpoint.prune(self.checkpoints)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
