@@ -56,9 +56,11 @@ def save(folder: Path, trainer: Any, seconds: float) -> None:
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
     """Load model.safetensors into a model, buffers included; every tensor must be there."""
-    missing, unexpected = model.load_state_dict(
-        load_file(folder / "model.safetensors"), strict=False
-    )
+    weights = load_file(folder / "model.safetensors")
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # torch's way to report another shape
+        raise UserError(f"{folder}: checkpoint of another model ({error})") from None
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     if unexpected or [name for name in missing if name not in tied]:
         raise UserError(f"{folder}: checkpoint of another model ({(missing + unexpected)[0]})")
