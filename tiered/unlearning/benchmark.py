@@ -113,7 +113,7 @@ def describe(
         "removed": outcome.removed,
         "rebuilt": outcome.rebuilt,
         "residue": [
-            "raw and processed data",
+            "raw, cleaned (.clean) and processed data",
             "the dataset library's cache",
             f"the run the operation started from ({context.config.run_dir}) and its store",
             "logs and trackers",
