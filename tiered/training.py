@@ -192,7 +192,9 @@ def fit(
     with atomic_folder(job.folder) as path:
         model.save_pretrained(path)
         losses = [e for e in trainer.state.log_history if "loss" in e]
-        (path / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in losses))
+        (path / "metrics.jsonl").write_text(
+            "".join(json.dumps(e, sort_keys=True) + "\n" for e in losses)
+        )
         record = {
             **job.record,
             "optimizer_steps": trainer.state.global_step,
