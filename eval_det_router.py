@@ -7,10 +7,10 @@ Writes  runs/<experiment>/eval/utility.json, eval/rows.parquet
     python eval_det_router.py configs/c4/trained/n16.yaml eval.rows_per_domain=0   # one GPU
 """
 
-from tiered.data import ProcessedData
 from tqdm import tqdm
 
 from tiered.config import Config, run_script
+from tiered.data import ProcessedData
 from tiered.evaluation import evaluate, write_rows
 from tiered.partition import make_partition_map
 from tiered.record import start, timed

@@ -7,9 +7,8 @@ Writes  runs/<experiment>/models/<k>/ (links into runs/.store/models), provenanc
     python run_clm.py configs/c4/n16.yaml partition.index=3 training.bf16=true   # one GPU
 """
 
-from tiered.data import ProcessedData
-
 from tiered.config import Config, run_script
+from tiered.data import ProcessedData
 from tiered.partition import make_partition_map
 from tiered.record import note_provenance, start, timed
 from tiered.store import read_json

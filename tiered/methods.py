@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from modeling_monet import MonetConfig, MonetForCausalLM
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from modeling_monet import MonetConfig, MonetForCausalLM
 from tiered.config import Config, plain
 from tiered.data import ProcessedData
 from tiered.store import UserError
