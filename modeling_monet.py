@@ -87,7 +87,8 @@ class MonetConfig(PreTrainedConfig):
                 " and positive",
             ),
             "num_key_value_heads": (
-                self.num_attention_heads % self.num_key_value_heads == 0,
+                self.num_key_value_heads > 0
+                and self.num_attention_heads % self.num_key_value_heads == 0,
                 f"a divisor of num_attention_heads ({self.num_attention_heads})",
             ),
             "hidden_act": (self.hidden_act == "relu2", "relu2"),
@@ -100,9 +101,11 @@ class MonetConfig(PreTrainedConfig):
                 0 < self.moe_topk <= self.moe_experts,
                 f"between 1 and moe_experts ({self.moe_experts})",
             ),
-            "moe_groups": (self.moe_groups > 0, "positive"),
-            "moe_heads": (self.moe_heads > 0, "positive"),
         }
+        for key in ("vocab_size", "num_hidden_layers", "moe_groups", "moe_heads"):
+            rules[key] = (getattr(self, key) > 0, "positive")
+        for key in ("uniformity_loss_coef", "ambiguity_loss_coef"):
+            rules[key] = (getattr(self, key) >= 0, "0 or more")
         for key, (holds, allowed) in rules.items():
             if not holds:
                 raise ValueError(f"{key}: {getattr(self, key)!r} must be {allowed}")
@@ -315,13 +318,15 @@ class MonetRouter(nn.Module):
         with torch.no_grad():
             statistics = self._statistics(z, valid) if self.training else z.new_zeros(3, h)
             mean, variance = (
-                statistics[:2] if self.training else (norm.running_mean, norm.running_var)
+                statistics[:2]
+                if self.training
+                else (norm.running_mean.to(z.dtype), norm.running_var.to(z.dtype))
             )
             # Normalising is monotonic, so the threshold is moved to the raw scores instead.
             share = 1 - self.config.moe_topk / e
             quantile = NormalDist().inv_cdf(share) if share > 0 else -math.inf
             threshold = mean + quantile * torch.sqrt(variance + norm.eps)  # (H,)
-            threshold = torch.minimum(z.amax(-1), threshold.to(z.dtype))  # (B, T, H)
+            threshold = torch.minimum(z.amax(-1), threshold)  # (B, T, H)
             dropped = z < threshold[..., None]
         return z.masked_fill(dropped, -1e10).softmax(-1), statistics
 
@@ -421,14 +426,18 @@ class MonetDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         x: torch.Tensor,
-        gates: Gates | None,
+        g1: torch.Tensor | None,
+        g2: torch.Tensor | None,
         valid: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         position_embeddings: Gates,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, Gates, torch.Tensor | None, torch.Tensor | None]:
-        """New states (B, T, D), the group's gates, batch statistics (if routed), attention."""
+    ) -> tuple[torch.Tensor | None, ...]:
+        """New states (B, T, D), the group's g1 and g2, batch statistics (if routed), attention.
+
+        Gates are separate tensors: reentrant checkpointing tracks no gradient through nested ones.
+        """
         attended, weights = self.self_attn(
             self.input_layernorm(x), position_embeddings, attention_mask, past_key_values, **kwargs
         )
@@ -436,8 +445,8 @@ class MonetDecoderLayer(GradientCheckpointingLayer):
         inner = self.post_attention_layernorm(x)
         statistics = None
         if self.router is not None:
-            gates, statistics = self.router(inner, valid)
-        return x + self.moe(inner, *gates), gates, statistics, weights
+            (g1, g2), statistics = self.router(inner, valid)
+        return x + self.moe(inner, g1, g2), g1, g2, statistics, weights
 
 
 class MonetPreTrainedModel(PreTrainedModel):
@@ -449,6 +458,8 @@ class MonetPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ("MonetDecoderLayer",)
     _skip_keys_device_placement = ("past_key_values",)
+    # The routers' running statistics: a bfloat16 mean cannot follow small updates.
+    _keep_in_fp32_modules_strict = ("norm1", "norm2")
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -511,27 +522,30 @@ class MonetModel(MonetPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        mask, bounds = self._masks(x, attention_mask, position_ids, past_key_values)
         positions = self.rotary_emb(x, position_ids)
         valid = valid_tokens(attention_mask, x)
-        states, attentions, routed, gates = [x], [], [], None
+        if self.training and valid is not None and not valid.any():
+            raise ValueError("attention_mask: all tokens are padding; training needs at least one")
+        states, attentions, routed, g1, g2 = [x], [], [], None, None
         for layer in self.layers:
-            x, gates, statistics, weights = layer(
-                x, gates, valid, mask, positions, past_key_values, **kwargs
+            x, g1, g2, statistics, weights = layer(
+                x,
+                g1,
+                g2,
+                valid,
+                mask,
+                positions,
+                past_key_values=past_key_values,
+                **{**bounds, **kwargs},  # bounds that a collator brings win
             )
             states.append(x)
             attentions.append(weights)
             if statistics is not None:
-                routed.append((layer.router, gates, statistics))
+                routed.append((layer.router, (g1, g2), statistics))
         if self.training:
             for router, _, statistics in routed:
                 router.update_running_statistics(statistics)
@@ -546,8 +560,49 @@ class MonetModel(MonetPreTrainedModel):
             router_probs=tuple(g for _, g, _ in routed),
         )
 
+    def _masks(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        cache: Cache | None,
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        """The causal mask, and for flash attention (which takes no mask) the packed documents."""
+        if isinstance(cache, DynamicCache) and cache.get_seq_length() == 0:
+            cache = None  # transformers looks for packed documents only where there is no cache
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,
+        )
+        flash = "flash" in (self.config._attn_implementation or "")
+        if not flash or attention_mask is not None or cache is not None:
+            return mask, {}
+        return mask, document_bounds(position_ids.expand(x.shape[:2]))
+
     def _wants(self, name: str, given: bool | None) -> bool:
         return bool(getattr(self.config, f"output_{name}", False) if given is None else given)
+
+
+def document_bounds(position_ids: torch.Tensor) -> dict[str, Any]:
+    """Flash attention's arguments for documents packed in rows; none where no row is packed.
+
+    position_ids (B, T). A document starts where a row starts and where positions do not rise by 1.
+    """
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff(dim=-1) != 1
+    if not starts[:, 1:].any():
+        return {}
+    bounds = F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=starts.numel()).int()
+    longest = int(bounds.diff().max())
+    return {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def valid_tokens(attention_mask: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
@@ -655,15 +710,15 @@ class MonetForCausalLM(MonetPreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None,
     ) -> dict[str, torch.Tensor]:
         """loss, lm_loss and both auxiliary losses (L = L_lm + lambda L_unif + lambda L_amb)."""
-        if attention_mask is not None:
-            labels = labels.masked_fill(attention_mask[:, -labels.shape[1] :] == 0, -100)
+        valid = valid_tokens(attention_mask, labels)
+        if valid is not None:
+            labels = labels.masked_fill(~valid, -100)
         lm_loss = self.loss_function(
             logits=logits,
             labels=labels,
             vocab_size=self.config.vocab_size,
             num_items_in_batch=num_items_in_batch,
         )
-        valid = valid_tokens(attention_mask, logits)
         groups = outputs.router_probs
         uniformity = sum(uniformity_loss(g, valid) for g in groups) / len(groups)
         ambiguity = sum(ambiguity_loss(g, valid) for g in groups) / len(groups)
