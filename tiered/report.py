@@ -26,7 +26,6 @@ import yaml
 from tiered.store import UserError, read_json, write_text
 
 MARKERS = {"oracle": ("o", "-"), "token": ("s", "--"), "sample": ("^", ":")}
-NAMED = {"name": "experiment", "n": "n", "method": "partition"}
 
 
 @dataclass

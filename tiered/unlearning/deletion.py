@@ -4,7 +4,6 @@ Each takes a Context and a forget domain and returns an Outcome; none changes th
 from. `NotApplicable` carries the words that the table prints instead of numbers.
 """
 
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -199,8 +198,3 @@ def _router_cost(context: Context, forget: str) -> tuple[int, float]:
 def _embedder_of(router: Path) -> Path | None:
     folder = router / "embedder"
     return folder if folder.is_dir() else None
-
-
-def remove_system(folder: Path) -> None:
-    """Delete a system folder; what it shares with others by hard link stays theirs."""
-    shutil.rmtree(folder, ignore_errors=True)

@@ -4,7 +4,6 @@ system/router/, system/models/<k>/ are hard links of what is unchanged; system/s
 what is exact, what the claim rests on, and what the operation does not touch.
 """
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tiered.data import ProcessedData
 from tiered.modeling_tiered import TieredForCausalLM
 from tiered.partition import PartitionMap
 from tiered.router import load_models, load_router, tiered_model
-from tiered.store import content_hash, digest, link_tree, publish, read_json, remove_leftovers
+from tiered.store import atomic_folder, content_hash, link_tree, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -58,17 +57,11 @@ class Outcome:
 
 def write_system(folder: Path, outcome: Outcome, description: dict[str, Any]) -> None:
     """Make the system folder of an outcome by hard links; nothing of the original is changed."""
-    remove_leftovers(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp0")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    link_tree(outcome.router, temporary / "router")
-    for k, source in sorted(outcome.models.items()):
-        link_tree(source, temporary / "models" / str(k))
-    from tiered.store import write_json
-
-    write_json(temporary / "system.json", {**description, **outcome.identity()})
-    publish(temporary, folder)
+    with atomic_folder(folder) as path:
+        link_tree(outcome.router, path / "router")
+        for k, source in sorted(outcome.models.items()):
+            link_tree(source, path / "models" / str(k))
+        write_json(path / "system.json", {**description, **outcome.identity()})
 
 
 def load_system(context: Context, folder: Path) -> tuple[TieredForCausalLM, dict[int, str]]:
@@ -78,11 +71,6 @@ def load_system(context: Context, folder: Path) -> tuple[TieredForCausalLM, dict
     router = load_router(folder / "router", "python unlearn_benchmarks.py CONFIG overwrite=true")
     model = tiered_model(context.config, context.partitions, router, load_models(folders))
     return model, {k: content_hash(path) for k, path in folders.items()}
-
-
-def system_hash(outcome: Outcome) -> str:
-    """Hash of everything that decides a system's outputs."""
-    return digest(outcome.identity())
 
 
 def recorded_cost(models: dict[int, Path]) -> tuple[int, float]:
