@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from tiered.config import Config, run_script
 from tiered.data import ProcessedData
-from tiered.evaluation import evaluate, write_rows
+from tiered.evaluation import evaluate, evaluation_key, finished, write_rows
 from tiered.partition import make_partition_map
 from tiered.record import start, timed
 from tiered.router import load_models, load_router, run_models, tiered_model
@@ -27,18 +27,22 @@ def main(config: Config) -> None:
     router = load_router(config.run_dir / "router", "python train_det_router.py CONFIG")
     folders = run_models(config, partitions, data)
     start(config, "eval_det_router")
-    with timed(config, "eval_det_router"):
-        # 2. one model of all parts
-        model = tiered_model(config, partitions, router, load_models(folders))
-        hashes = {k: content_hash(folder) for k, folder in folders.items()}
-        cache = ScoreCache(config.store_dir / "scores", hashes)
-        # 3. scores of every domain, routed partitions only
-        bar = tqdm(data.domains, desc=f"{config.name} evaluation", unit="domain", disable=None)
-        result, table = evaluate(config, data, partitions, model, cache, lambda _: bar)
-        result["models"] = {str(k): h for k, h in hashes.items()}
-        # 4. rows first, so that utility.json stands for a finished stage
-        write_rows(config.run_dir / "eval" / "rows.parquet", table)
-        write_json(config.run_dir / "eval" / "utility.json", result)
+    hashes = {k: content_hash(folder) for k, folder in folders.items()}
+    inputs = evaluation_key(config, data, partitions, hashes)
+    path = config.run_dir / "eval" / "utility.json"
+    result = None if config.overwrite else finished(path, inputs)
+    if result is None:
+        with timed(config, "eval_det_router"):
+            # 2. one model of all parts
+            model = tiered_model(config, partitions, router, load_models(folders))
+            cache = ScoreCache(config.store_dir / "scores", hashes)
+            # 3. scores of every domain, routed partitions only
+            bar = tqdm(data.domains, desc=f"{config.name} evaluation", unit="domain", disable=None)
+            result, table = evaluate(config, data, partitions, model, cache, lambda _: bar)
+            result["models"], result["inputs"] = {str(k): h for k, h in hashes.items()}, inputs
+            # 4. rows first, so that utility.json stands for a finished stage
+            write_rows(path.with_name("rows.parquet"), table)
+            write_json(path, result)
     # 5. what a reader wants to see at once
     for scope, figures in result["macro"].items():
         if isinstance(figures, dict):

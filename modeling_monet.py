@@ -630,6 +630,89 @@ def ambiguity_loss(gates: Gates, valid: torch.Tensor | None) -> torch.Tensor:
     return total / 2
 
 
+# Rows of states taken at once, and the most logits kept for them (128 MiB of float32). On a CPU
+# they are made in tiles of LOSS_COLUMNS words: 1 MiB, so that a tile's passes stay in the cache.
+LOSS_ROWS, LOSS_COLUMNS, LOSS_ELEMENTS = 512, 512, 2**25
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Nats of targets under softmax(states @ weight.T), without a tensor of all logits.
+
+    The gradients are computed in the forward pass, while some rows' logits are at hand: three
+    matrix products as in the plain path, no logits kept for the backward pass or computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        divisor: torch.Tensor,
+    ) -> torch.Tensor:
+        """Summed nats over divisor. states (N, D), weight (V, D), targets (N,), -100 ignored."""
+        kind = states.device.type
+        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        x, w = states.to(narrow), weight.to(narrow)
+        wide = torch.promote_types(narrow, torch.float32)
+        learns = any(ctx.needs_input_grad[:2])
+        gradients = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in (x, w) if learns]
+        words = w.split(LOSS_COLUMNS if kind == "cpu" else len(w))
+        rows = min(LOSS_ROWS, max(64, LOSS_ELEMENTS // len(w)))
+        buffer = torch.empty(rows * len(w), dtype=wide, device=x.device)
+        nats = torch.zeros((), dtype=wide, device=x.device)
+        for i in range(0, len(x), rows):
+            part, target = x[i : i + rows], targets[i : i + rows]
+            kept, target = (target != -100)[:, None], target.clamp(min=0)
+            tiles, largest, totals = [], [], []
+            stretches = buffer[: len(part) * len(w)].split(len(part) * len(words[0]))
+            for word, stretch in zip(words, stretches, strict=True):
+                # exp(logits - the row's largest of this tile), and its sum
+                tile = set_product(stretch.view(len(part), len(word)), part, word.T)
+                largest.append(tile.amax(-1, keepdim=True))
+                tiles.append(tile.sub_(largest[-1]).exp_())
+                totals.append(tile.sum(-1, keepdim=True))
+            scales = torch.stack(largest)  # (tiles, rows, 1)
+            most = scales.amax(0)
+            scales = (scales - most).exp_()
+            total = (scales * torch.stack(totals)).sum(0)
+            chosen = (part.to(wide) * w[target].to(wide)).sum(-1, keepdim=True)
+            nats += (total.log() + most - chosen).masked_fill(~kept, 0.0).sum()
+            if learns:  # d nats / d logits = softmax - one-hot
+                share = kept.to(wide) / divisor
+                scales *= share / total
+                sums = (gradients[0][i : i + rows], *gradients[1].split(len(words[0])))
+                for tile, scale, word, grad_w in zip(tiles, scales, words, sums[1:], strict=True):
+                    tile = tile.mul_(scale).to(narrow)
+                    add_product(sums[0], tile, word)
+                    add_product(grad_w, tile.T, part)
+                sums[0].sub_(w[target] * share)
+                gradients[1].index_add_(0, target, -part.to(wide) * share)
+        if learns:
+            ctx.save_for_backward(gradients[0].to(states.dtype), gradients[1].to(weight.dtype))
+        return nats / divisor
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of the forward pass, scaled."""
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x * grad, grad_w * grad, None, None
+
+
+def set_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """out = a @ b in place, out in float32 or wider where a and b are narrower."""
+    return torch.mm(a, b, out=out) if out.dtype == a.dtype else out.copy_(a @ b)
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b in place, total in float32 or wider where a and b are narrower."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
 @dataclass
 class MonetCausalLMOutput(CausalLMOutputWithPast):
     """CausalLMOutputWithPast plus the losses apart and the gates.
@@ -667,11 +750,15 @@ class MonetForCausalLM(MonetPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_router_probs: bool = False,
+        output_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> MonetCausalLMOutput:
         """Logits (B, T, V), and the loss if labels (B, T) are given (-100 is ignored).
+
+        Training with labels leaves the logits out (None): the loss comes from tiles of them. Ask
+        for them with output_logits=True.
 
         With num_items_in_batch (target tokens of all micro-batches and ranks of one step) the LM
         loss is summed nats over it, and the auxiliary losses are weighted by this micro-batch's
@@ -687,11 +774,13 @@ class MonetForCausalLM(MonetPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         states = outputs.last_hidden_state
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(states[:, keep])
+        logits = None
+        if output_logits or labels is None or (output_logits is None and not self.training):
+            keep = logits_to_keep
+            logits = self.lm_head(states[:, slice(-keep, None) if isinstance(keep, int) else keep])
         losses: dict[str, torch.Tensor | None] = {}
         if labels is not None:
-            losses = self._losses(logits, labels, attention_mask, outputs, num_items_in_batch)
+            losses = self._losses(labels, attention_mask, outputs, num_items_in_batch)
         return MonetCausalLMOutput(
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -703,7 +792,6 @@ class MonetForCausalLM(MonetPreTrainedModel, GenerationMixin):
 
     def _losses(
         self,
-        logits: torch.Tensor,
         labels: torch.Tensor,
         attention_mask: torch.Tensor | None,
         outputs: MonetModelOutput,
@@ -713,11 +801,15 @@ class MonetForCausalLM(MonetPreTrainedModel, GenerationMixin):
         valid = valid_tokens(attention_mask, labels)
         if valid is not None:
             labels = labels.masked_fill(~valid, -100)
-        lm_loss = self.loss_function(
-            logits=logits,
-            labels=labels,
-            vocab_size=self.config.vocab_size,
-            num_items_in_batch=num_items_in_batch,
+        targets = labels[:, 1:].flatten()
+        count = (targets != -100).sum()
+        items = count if num_items_in_batch is None else num_items_in_batch
+        states = outputs.last_hidden_state
+        lm_loss = LinearCrossEntropy.apply(
+            states[:, :-1].flatten(0, 1),
+            self.lm_head.weight,
+            targets.to(states.device),
+            torch.as_tensor(items, dtype=torch.float32, device=states.device),
         )
         groups = outputs.router_probs
         uniformity = sum(uniformity_loss(g, valid) for g in groups) / len(groups)
@@ -726,7 +818,7 @@ class MonetForCausalLM(MonetPreTrainedModel, GenerationMixin):
         if self.training:
             weight = 1.0
             if num_items_in_batch is not None:
-                weight = (labels[:, 1:] != -100).sum() / num_items_in_batch
+                weight = count / num_items_in_batch
             auxiliary = (
                 self.config.uniformity_loss_coef * uniformity
                 + self.config.ambiguity_loss_coef * ambiguity

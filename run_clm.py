@@ -11,8 +11,8 @@ from tiered.config import Config, run_script
 from tiered.data import ProcessedData
 from tiered.partition import make_partition_map
 from tiered.record import note_provenance, start, timed
-from tiered.store import read_json
-from tiered.training import publish_models, train_partition
+from tiered.store import link_if_changed, read_json
+from tiered.training import train_partition
 
 
 def main(config: Config) -> None:
@@ -31,7 +31,7 @@ def main(config: Config) -> None:
             print(f"{config.name} partition {k}: no data (its domains are excluded), no model")
             continue
         # 4. link it into the run folder
-        publish_models(config, {k: folder})
+        link_if_changed(folder, config.run_dir / "models" / str(k))
         record = read_json(folder / "record.json")
         note_provenance(config, {f"model/{k}": record["partition"]["present"]})
         print(

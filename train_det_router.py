@@ -11,7 +11,8 @@ from tiered.config import Config, run_script
 from tiered.data import ProcessedData
 from tiered.partition import make_partition_map
 from tiered.record import note_provenance, start, timed
-from tiered.router import make_router, save_router, train_embedder, write_partition_map
+from tiered.router import build_router, write_partition_map
+from tiered.store import link_if_changed, read_json
 
 
 def main(config: Config) -> None:
@@ -23,17 +24,19 @@ def main(config: Config) -> None:
     start(config, "train_det_router")
     with timed(config, "train_det_router") as timer:
         write_partition_map(config, partitions)
-        # 3. the embedder, shared by experiments that agree on it
-        embedder = train_embedder(config, data)
-        # 4. centroids of domains, or of partitions when documents are spread at random
-        router, domains = make_router(config, data, partitions, embedder)
-        # 5. the run's router folder
-        save_router(config.run_dir / "router", router, domains, embedder)
+        # 3. embedder (shared by experiments that agree on it), then centroids of domains, or of
+        #    partitions when documents are spread at random; taken from the store if unchanged
+        folder = build_router(config, data, partitions)
+        # 4. link it into the run folder
+        link_if_changed(folder, config.run_dir / "router")
+    # 5. whose data touched what
+    domains = read_json(folder / "router.json")["domains"]
+    trained = (folder / "embedder").is_dir()
     note_provenance(
         config,
         {
             "tokenizer": sorted(data.manifest["tokenizer"]["trained_on"]),
-            "router": list(data.domains) if embedder else [],
+            "router": list(data.domains) if trained else [],
             "centroids": [d or sorted(data.domains) for d in domains],
         },
     )

@@ -175,6 +175,38 @@ def test_row_hash_changes_with_what_is_scored_and_only_then(data):
     assert rows.hash() != dataclasses.replace(rows, token_bytes=other).hash()
 
 
+def test_packed_documents_are_those_whose_row_is_in_the_blocks(data):
+    """By search in the token stream, for one partition, for two, and under a token limit."""
+    ids = data.document_ids("en", "train")
+    halves = np.arange(len(ids)) % 2
+    together = np.zeros(len(ids), dtype=np.int64)
+    for partition, split, limit in (
+        (together, "train", 0),
+        (halves, "train", 0),
+        (None, "router", 500),
+    ):
+        found = data.packed("en", split, partition, limit)
+        cut = 0
+        for k in (0, 1) if partition is halves else (0,):
+            keep = None if limit else partition == k
+            stream = data.blocks("en", split, keep=keep, limit_tokens=limit)
+            stream = stream.astype("<i4").tobytes()
+            for row, name in zip(
+                data.rows("en", split).input_ids, data.rows("en", split).document_ids, strict=True
+            ):
+                i = data.document_ids("en", split).index(name)
+                if keep is None or keep[i]:
+                    assert (row.astype("<i4").tobytes() in stream) == found[i], (name, split)
+                    cut += not found[i]
+        assert cut > 0 or not limit
+    rows = data.rows("en", "router", only=found)
+    assert (
+        0
+        < len(rows.document_ids)
+        == (found & (data._lengths("en", "router") > data.block_size)).sum()
+    )
+
+
 def test_unk_share_is_the_share_of_unknown_tokens_of_a_row(data, monkeypatch):
     rows = data.rows("zh", "test")
     token = int(rows.input_ids[0, 0])

@@ -10,7 +10,9 @@ LEAVES = {"domains", "metrics", "store"}
 ALLOWED = {
     "config": {"domains", "store"},
     "partition": {"config", "domains", "store"},
-    "processing": {"config", "data", "domains", "store"},
+    "cleaning": {"config", "domains", "store"},
+    "tokenization": {"store"},
+    "processing": {"cleaning", "config", "data", "store", "tokenization"},
     "data": {"config", "domains", "store"},
     "modeling_tiered": set(),
     "checkpoint": {"store"},

@@ -6,6 +6,8 @@ the tokenizer is given by path. What must agree is compared byte by byte. Each i
 planted violation that must make its comparison fail.
 """
 
+import functools
+import runpy
 import shutil
 from pathlib import Path
 
@@ -14,15 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import run_stages, tiny_project
+from tests.conftest import ROOT, run_stages, tiny_project
+from tiered import cleaning, processing, training
 from tiered.config import load
 from tiered.data import ProcessedData
 from tiered.evaluation import router_scores
 from tiered.modeling_tiered import assign
 from tiered.partition import make_partition_map
 from tiered.router import run_models
-from tiered.store import tree_hashes
-from tiered.training import OrderedBlocks
+from tiered.store import read_json, tree_hashes
 from tiered.unlearning.systems import Context, load_system
 
 
@@ -79,6 +81,20 @@ def test_sisa_and_gold_equal_the_run_without_the_files(pair):
     for name in ("sisa", "gold"):
         a = pair[0] / "runs/n2/unlearn/hi" / name / "system/models/0"
         assert same_files(a, pair[1] / "runs/n2/models/0", "*.safetensors")
+
+
+def test_what_equal_inputs_had_made_before_is_named_as_reused(pair):
+    """n4 ran before n2: its gold made the embedder that both share; n2's gold made model 0."""
+    found = {}
+    for run, name in (("n4", "gold"), ("n4", "delete-S2"), ("n2", "gold"), ("n2", "sisa")):
+        timings = read_json(pair[0] / "runs" / run / "unlearn/hi" / name / "timings.json")
+        found[run, name] = timings["reused"]
+    assert found == {
+        ("n4", "gold"): ["model/1", "model/2", "model/3"],
+        ("n4", "delete-S2"): ["router"],
+        ("n2", "gold"): ["model/1", "router"],
+        ("n2", "sisa"): ["model/0", "router"],
+    }
 
 
 def test_data_of_other_domains_is_bit_identical(pair):
@@ -175,35 +191,89 @@ def test_splits_are_disjoint_by_document(pair, monkeypatch):
     assert len(seen) > 200
 
 
-def test_a_generator_shared_by_partitions_would_break_isolation():
-    """Planted violation of I1: a running generator depends on what was drawn before."""
-    blocks = np.arange(40).reshape(10, 4)
-
-    def orders(partitions: list[str], shared: bool) -> dict[str, list[int]]:
-        running = np.random.default_rng(0)
-        found = {}
-        for name in partitions:
-            seed = int(running.integers(2**31)) if shared else sum(name.encode())
-            found[name] = OrderedBlocks(blocks, 1.0, seed, None).order.tolist()
-        return found
-
-    with_f, without = orders(["hi", "de"], False), orders(["de"], False)
-    assert with_f["de"] == without["de"]
-    assert orders(["hi", "de"], True)["de"] != orders(["de"], True)["de"]
+# ---------------------------------------------------------------- planted violations of I1
 
 
-def test_balancing_by_the_minimum_over_domains_would_break_isolation(pair, monkeypatch):
-    """Planted violation of I1: a budget derived from present data moves when a domain goes."""
-    made = context(pair[0], "n4", monkeypatch)
-    sizes = {
-        d: made.data.manifest["domains"][d]["splits"]["router"]["tokens"] for d in made.data.domains
-    }
-    smallest = min(sizes, key=sizes.get)
-    others = [d for d in sizes if d != smallest]
-    assert min(sizes.values()) != min(sizes[d] for d in others)
-    other = others[0]
-    blocks = [
-        made.data.blocks(other, "router", limit_tokens=limit)
-        for limit in (min(sizes.values()), min(sizes[d] for d in others))
-    ]
-    assert len(blocks[0]) != len(blocks[1])
+@pytest.fixture(scope="module")
+def worlds(tiny, tmp_path_factory) -> tuple[Path, Path]:
+    """Projects with and without `hi`; it is the smallest domain and holds a document of `de`."""
+    (source,) = tiny.glob("processed/*/tokenizer")
+    folders = []
+    for languages in (("hi", "si", "de", "en"), ("si", "de", "en")):
+        folder = tmp_path_factory.mktemp("world")
+        tiny_project(folder, languages)
+        shutil.copytree(source, folder / "tok")
+        folders.append(folder)
+    hindi, german = (folders[0] / "raw" / d / "part-0.jsonl" for d in ("hi", "de"))
+    lines = hindi.read_text().splitlines()[:60] + german.read_text().splitlines()[:1]
+    hindi.write_text("\n".join(lines) + "\n")
+    return folders[0], folders[1]
+
+
+def run_here(world: Path, stages: tuple[str, ...], monkeypatch, *overrides: str) -> None:
+    """Stages in this process (so that a violation can be planted), `hi` absent where it is."""
+    monkeypatch.chdir(world)
+    if not (world / "raw/hi").exists():
+        overrides = (*overrides, "data.exclude_domains=hi")
+    config = load("configs/n4.yaml", ("tokenizer.name=tok", "data.min_script_share=0", *overrides))
+    threads = torch.get_num_threads()
+    for stage in stages:
+        runpy.run_path(str(ROOT / f"{stage}.py"))["main"](config)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_a_generator_shared_by_partitions_breaks_isolation(worlds, planted, monkeypatch):
+    for world in worlds:
+        run_here(world, ("process_dset",), monkeypatch)
+        if planted:
+            running = np.random.default_rng(0)
+            draw = functools.partial(running.integers, 2**31)
+            monkeypatch.setattr(training, "seed_of", lambda *parts, draw=draw: int(draw()))
+        run_here(world, ("run_clm",), monkeypatch, f"output_dir=runs-{planted}")
+    for k in ("1", "2", "3"):
+        a, b = (world / f"runs-{planted}/n4/models" / k for world in worlds)
+        assert same_files(a, b, "*.safetensors") != planted
+
+
+def same_data(worlds: tuple[Path, Path], name: str, domains: tuple[str, ...]) -> bool:
+    return all(
+        same_files(*(next(iter(world.glob(f"{name}/*/{domain}"))) for world in worlds))
+        for domain in domains
+    )
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_balancing_by_the_minimum_over_domains_breaks_isolation(worlds, planted, monkeypatch):
+    name, honest = f"balanced-{planted}", processing.apply_budget
+    for world in worlds:
+        everything = ("data.tokens_per_domain=0", "data.processed_dir=everything")
+        run_here(world, ("process_dset",), monkeypatch, *everything)
+        (manifest,) = world.glob("everything/*/manifest.json")
+        domains = read_json(manifest)["domains"].values()
+        smallest = min(d["splits"]["train"]["tokens"] for d in domains)
+        if planted:
+            balanced = lambda table, budget, least=smallest: honest(table, least)  # noqa: E731
+            monkeypatch.setattr(processing, "apply_budget", balanced)
+        run_here(world, ("process_dset",), monkeypatch, f"data.processed_dir={name}")
+        monkeypatch.setattr(processing, "apply_budget", honest)
+    assert same_data(worlds, name, ("si", "de", "en")) != planted
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_deduplication_across_domains_breaks_isolation(worlds, planted, monkeypatch):
+    name = f"unique-{planted}"
+    for world in worlds:
+        if planted:
+            seen: set[str] = set()
+
+            def drop_seen_anywhere(documents, counts, seen=seen):
+                fresh = [d for d in documents if d[0] not in seen]
+                counts["exact_duplicate"] += len(documents) - len(fresh)
+                seen.update(i for i, _ in fresh)
+                return fresh
+
+            monkeypatch.setattr(cleaning, "drop_exact_duplicates", drop_seen_anywhere)
+        run_here(world, ("process_dset",), monkeypatch, f"data.processed_dir={name}")
+    assert same_data(worlds, name, ("si", "en"))
+    assert same_data(worlds, name, ("de",)) != planted

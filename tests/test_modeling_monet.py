@@ -16,7 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import modeling_monet
 from modeling_monet import (
+    LinearCrossEntropy,
     MonetConfig,
     MonetForCausalLM,
     MonetMoHDE,
@@ -106,7 +108,7 @@ def test_golden_evaluation(golden):
 def test_golden_training(golden):
     model, expected = copy.deepcopy(golden[0]).train(), golden[1]
     x = expected["input_ids"]
-    out = model(x, labels=x)
+    out = model(x, labels=x, output_logits=True)
     out.loss.backward()
     assert close(out.logits, expected["train.logits"])
     assert close(out.loss[None], expected["train.loss"])
@@ -409,6 +411,79 @@ def test_trainer_accumulation_equals_one_large_batch(tmp_path):
     assert (weights[0] - before).abs().max() > 1e-2
     for found in weights[1:]:
         assert torch.allclose(weights[0], found, atol=5e-6)  # summation order, times the rate
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tiled_loss_equals_cross_entropy_on_all_logits(dtype, monkeypatch):
+    """Value and both gradients, tiles that divide the tokens and tiles that do not."""
+    torch.manual_seed(0)
+    states, weight = torch.randn(50, 16).to(dtype), torch.randn(V, 16).to(dtype)
+    targets = torch.randint(V, (50,))
+    targets[::7] = -100
+    results = []
+    for rows, columns in ((0, 0), (7, 13), (10, V), (25, V - 1), (512, 512)):
+        x, w = (t.clone().requires_grad_() for t in (states, weight))
+        if rows:
+            monkeypatch.setattr(modeling_monet, "LOSS_ROWS", rows)
+            monkeypatch.setattr(modeling_monet, "LOSS_COLUMNS", columns)
+            loss = LinearCrossEntropy.apply(x, w, targets, torch.tensor(42.0))
+        else:
+            wide = torch.float64 if dtype == torch.bfloat16 else dtype
+            loss = nn.functional.cross_entropy(
+                x.to(wide) @ w.to(wide).T, targets, reduction="sum"
+            ).div(42)
+        (3 * loss).backward()
+        assert loss.dtype == torch.promote_types(dtype, torch.float32) or not rows
+        results.append((loss.detach(), x.grad, w.grad))
+    # bfloat16: 8 bits of the probabilities; float64 and float32: order of summation
+    bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    for found in results[1:]:
+        for a, b in zip(results[0], found, strict=True):
+            assert (a.double() - b.double()).abs().max() <= bound * a.double().abs().max()
+
+
+def test_training_without_logits_equals_training_with_them():
+    """Loss and every gradient are the plain path's, num_items_in_batch included; in float64, since
+    in float32 both paths are further from float64 (up to 3e-6) than from one another."""
+    off = {"uniformity_loss_coef": 0.0, "ambiguity_loss_coef": 0.0}
+    x = ids()
+    labels = x.clone()
+    labels[0, 5:] = -100
+    for items in (None, 50):
+        tiled, plain = (monet(**off).double().train() for _ in range(2))
+        out = tiled(x, labels=labels, num_items_in_batch=items)
+        assert out.logits is None
+        out.loss.backward()
+        logits = plain(x).logits[:, :-1].flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+        loss = loss / (items or (labels[:, 1:] != -100).sum())
+        assert out.lm_loss.item() == pytest.approx(loss.item(), rel=1e-13)
+        loss.backward()
+        for a, b in zip(tiled.parameters(), plain.parameters(), strict=True):
+            assert (a.grad - b.grad).abs().max() <= 1e-12 * b.grad.abs().max()
+
+
+def test_no_tensor_of_all_logits_exists_in_training():
+    """Tensors of (tokens, V) or more are never made: watched at every operation."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self.elements = max(self.elements, tensor.numel())
+            return out
+
+    model, x = monet(vocab_size=5000).train(), ids(32, 64)
+    with Largest() as plain:
+        nn.functional.cross_entropy(model(x).logits.flatten(0, 1), x.flatten()).backward()
+    with Largest() as tiled:
+        model(x, labels=x).loss.backward()
+    assert plain.elements == 32 * 64 * 5000
+    assert tiled.elements == modeling_monet.LOSS_ROWS * 5000
 
 
 def test_ignored_labels_and_no_labels():

@@ -147,10 +147,14 @@ def test_timings_stand_apart_from_metrics(tiny):
 
 def test_rerun_trains_nothing_and_repeats_every_metric(tiny):
     models = {p: p.stat().st_mtime_ns for p in tiny.glob("runs/.store/models/*/model.safetensors")}
+    made = {p: p.stat().st_mtime_ns for p in tiny.glob("runs/*/eval/utility.json")}
+    made |= {p: p.stat().st_mtime_ns for p in tiny.glob("runs/.store/routers/*/*.safetensors")}
+    assert len(made) > 2 * len(TINY_EXPERIMENTS)
     before = {n: (tiny / "runs" / n / "metrics.json").read_bytes() for n in TINY_EXPERIMENTS}
     output = run_stages(tiny, STAGES, *[f"configs/{n}.yaml" for n in TINY_EXPERIMENTS])
     assert "resuming" not in output
     assert models == {p: p.stat().st_mtime_ns for p in models}
+    assert made == {p: p.stat().st_mtime_ns for p in made}
     assert len(list(tiny.glob("runs/.store/models/*/model.safetensors"))) == len(models)
     after = {n: (tiny / "runs" / n / "metrics.json").read_bytes() for n in TINY_EXPERIMENTS}
     assert before == after

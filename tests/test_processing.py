@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import process_dset
-from tiered import processing
+from tiered import cleaning, processing, tokenization
 from tiered.config import SPLITS, Config, DataConfig, TokenizerConfig
 from tiered.data import processed_folder, processed_key
 from tiered.store import UserError, tree_hashes
@@ -141,12 +141,12 @@ def word_piece(tmp_path_factory) -> Path:
 def test_cleaning_normalises_and_removes_control_characters_but_keeps_joiners():
     data = DataConfig()
     raw = " a\x00b\x07\r\nc\rd\te\u0301\u200c\u200d\x85 "
-    assert processing.clean_text(raw, data) == "ab\nc\nd\té\u200c\u200d"
-    kept = processing.clean_text(raw, DataConfig(strip_control=False, normalize="none"))
+    assert cleaning.clean_text(raw, data) == "ab\nc\nd\té\u200c\u200d"
+    kept = cleaning.clean_text(raw, DataConfig(strip_control=False, normalize="none"))
     assert "\x00" in kept and "e\u0301" in kept
-    assert processing.clean_text("ﬁ", DataConfig(normalize="NFKC")) == "fi"
+    assert cleaning.clean_text("ﬁ", DataConfig(normalize="NFKC")) == "fi"
     # removal may bring characters together that then compose: cleaning twice changes nothing.
-    assert unicodedata.is_normalized("NFC", processing.clean_text("e\x01\u0301", data))
+    assert unicodedata.is_normalized("NFC", cleaning.clean_text("e\x01\u0301", data))
 
 
 def test_every_injected_document_is_dropped_by_its_filter_and_counted(tmp_path):
@@ -178,7 +178,7 @@ def test_every_injected_document_is_dropped_by_its_filter_and_counted(tmp_path):
     manifest = run(config)["domains"]
     assert manifest["hi"]["documents"] == 60 + 10 + 5
     ids = [{i for s in stored(config, d).values() for i in s["document_id"]} for d in ("en", "hi")]
-    assert {processing.document_id(t) for t in shared} <= ids[0] & ids[1]
+    assert {cleaning.document_id(t) for t in shared} <= ids[0] & ids[1]
 
 
 def test_near_duplicates_agree_with_brute_force_jaccard():
@@ -190,7 +190,7 @@ def test_near_duplicates_agree_with_brute_force_jaccard():
             for place in rng.sample(range(len(letters)), edits):
                 letters[place] = rng.choice(ALPHABETS["de"])
             documents.append("".join(letters))
-    pairs = sorted((processing.document_id(t), t) for t in documents)
+    pairs = sorted((cleaning.document_id(t), t) for t in documents)
 
     def shingles(text: str) -> set[str]:
         text = " ".join(text.lower().split())
@@ -203,7 +203,7 @@ def test_near_duplicates_agree_with_brute_force_jaccard():
             kept.append(text)
     # the edits put every pair's similarity above 0.9 or below 0.6: an estimate cannot err.
     counts = Counter()
-    found = processing.drop_near_duplicates(pairs, 0.8, counts)
+    found = cleaning.drop_near_duplicates(pairs, 0.8, counts)
     assert [t for _, t in found] == kept and counts["near_duplicate"] == len(pairs) - len(kept)
     assert counts["near_duplicate"] == 24
 
@@ -385,10 +385,10 @@ def test_key_holds_what_changes_results_and_nothing_else(corpus, tmp_path, word_
 
 def test_bpe_is_deterministic_and_blind_to_special_names(bpe):
     texts = make_texts("hi", 30) + make_texts("en", 30)
-    trained = processing.train_bpe(texts, 500).to_str()
-    assert trained == processing.train_bpe(texts[::-1], 500).to_str()
-    assert json.loads(trained)["model"]["vocab"].keys() >= set(processing.byte_alphabet())
-    encoder = processing.Encoder(processed_folder(bpe) / "tokenizer")
+    trained = tokenization.train_bpe(texts, 500).to_str()
+    assert trained == tokenization.train_bpe(texts[::-1], 500).to_str()
+    assert json.loads(trained)["model"]["vocab"].keys() >= set(tokenization.byte_alphabet())
+    encoder = tokenization.Encoder(processed_folder(bpe) / "tokenizer")
     text = "a<|endoftext|>b <|pad|> c"
     ids, token_bytes, _ = encoder.encode([text])[0]
     assert not np.isin(ids, encoder.special).any() and token_bytes.sum() == len(text)
@@ -399,7 +399,7 @@ def test_bpe_is_deterministic_and_blind_to_special_names(bpe):
 
 
 def test_indic_words_are_not_broken_at_vowel_signs():
-    pieces = processing._words().pre_tokenize_str("हिन्दी می‌خواهم ab12345")
+    pieces = tokenization._words().pre_tokenize_str("हिन्दी می‌خواهم ab12345")
     assert [end - start for _, (start, end) in pieces] == [6, 9, 3, 3, 2]
 
 
@@ -410,7 +410,7 @@ def test_bytes_tokenizer_is_the_identity_on_bytes(corpus, tmp_path):
         258,
         256,
     )
-    encoder = processing.Encoder(processed_folder(config) / "tokenizer")
+    encoder = tokenization.Encoder(processed_folder(config) / "tokenizer")
     text = "aé語<|endoftext|>\n  \U0001f600"
     ids, token_bytes, token_chars = encoder.encode([text])[0]
     assert bytes(ids.tolist()) == text.encode()
@@ -427,7 +427,7 @@ def test_bytes_and_characters_under_tokens_sum_to_the_text(corpus, tmp_path, wor
     separator = json.loads((processed_folder(config) / "manifest.json").read_text())
     separator = separator["tokenizer"]["separator_id"]
     for domain in ("en", "hi", "zh"):
-        texts = dict(zip(*processing.read_clean(config, domain), strict=True))
+        texts = dict(zip(*cleaning.read_clean(config, domain), strict=True))
         seen = 0
         for columns in stored(config, domain).values():
             for name, ids, size, chars in zip(*columns.values(), strict=True):
@@ -441,7 +441,7 @@ def test_bytes_and_characters_under_tokens_sum_to_the_text(corpus, tmp_path, wor
 def test_offsets_give_uncovered_characters_to_the_following_token(word_piece, corpus, tmp_path):
     config = make_config(corpus, tmp_path, str(word_piece), domains=("en",), max_unk_share=1.0)
     run(config)
-    encoder = processing.Encoder(processed_folder(config) / "tokenizer")
+    encoder = tokenization.Encoder(processed_folder(config) / "tokenizer")
     # two spaces and two letters of 3 bytes make [UNK]; the last token takes the spaces at the end.
     ids, size, chars = encoder.encode(["abcd  नह  AB.  "])[0]
     pieces = [encoder.backend.id_to_token(i) for i in ids]
@@ -457,8 +457,8 @@ def test_documents_of_unknown_tokens_are_dropped_and_counted(corpus, tmp_path, w
     manifest = run(config)["domains"]["en"]
     share = {}
     unk = encoder_unk(config)
-    for i, text in zip(*processing.read_clean(config, "en"), strict=True):
-        ids = processing.Encoder(processed_folder(config) / "tokenizer").encode([text])[0][0]
+    for i, text in zip(*cleaning.read_clean(config, "en"), strict=True):
+        ids = tokenization.Encoder(processed_folder(config) / "tokenizer").encode([text])[0][0]
         share[i] = (ids == unk).mean()
     kept = {i for s in stored(config, "en").values() for i in s.get("document_id", [])}
     assert kept == {i for i, s in share.items() if s <= 0.9} and 0 < len(kept) < 120
@@ -466,7 +466,7 @@ def test_documents_of_unknown_tokens_are_dropped_and_counted(corpus, tmp_path, w
 
 
 def encoder_unk(config: Config) -> int:
-    return processing.Encoder(processed_folder(config) / "tokenizer").record["unk_id"]
+    return tokenization.Encoder(processed_folder(config) / "tokenizer").record["unk_id"]
 
 
 def test_tokenizer_without_a_separator_is_refused(corpus, tmp_path):
@@ -528,10 +528,10 @@ def test_files_of_another_file_system_are_read_by_the_same_code():
     lines = "\n".join(json.dumps({"text": t}) for t in texts)
     with fsspec.open("memory://corpus/a.json.gz", "wb", compression="gzip") as file:
         file.write(lines.encode())
-    records = processing.raw_records("memory://corpus/a.json.gz", DataConfig())
+    records = cleaning.raw_records("memory://corpus/a.json.gz", DataConfig())
     assert [text for text, _ in records] == texts
     url = "hf://datasets/allenai/c4@" + "1" * 40 + "/multilingual/c4-hi.json.gz"
-    record = processing.source_record(DataConfig(), [url], {url})
+    record = cleaning.source_record(DataConfig(), [url], {url})
     assert record == {"files": {url: None}, "revision": "1" * 40}
 
 
@@ -545,8 +545,8 @@ def test_record_range_is_read_and_nothing_beyond_it(corpus, tmp_path):
     )
     manifest = run(config)["domains"]["en"]
     assert (manifest["read"], manifest["dropped"]["broken"], manifest["documents"]) == (40, 1, 39)
-    ids, _ = processing.read_clean(config, "en")
-    assert set(ids) == {processing.document_id(t) for t in texts[10:49]}
+    ids, _ = cleaning.read_clean(config, "en")
+    assert set(ids) == {cleaning.document_id(t) for t in texts[10:49]}
     assert manifest["source"]["files"]["en/c.json.gz"] is None
 
 

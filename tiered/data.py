@@ -180,14 +180,38 @@ class ProcessedData:
         rows = self._first_tokens(domain, "train", "input_ids", chosen)
         return np.repeat(rows, occurrences[chosen] - 1, axis=0).astype(np.int32)
 
-    def rows(self, domain: str, split: str, count: int = 0) -> Rows:
+    def packed(
+        self,
+        domain: str,
+        split: str,
+        partition: np.ndarray | None = None,
+        limit_tokens: int = 0,
+    ) -> np.ndarray:
+        """Documents whose first T tokens all stand in blocks of their partition, (documents,) bool.
+
+        partition: (documents,) index each document is packed under (None: all together);
+        limit_tokens as for `blocks`. The others are cut by the dropped tail: no members.
+        """
+        lengths, size = self._lengths(domain, split), self.block_size
+        found = np.zeros(len(lengths), dtype=bool)
+        partition = np.zeros(len(lengths), dtype=np.int64) if partition is None else partition
+        for k in np.unique(partition):
+            here = partition == k
+            ends = np.cumsum(lengths[here])
+            total = min(int(ends[-1]), limit_tokens or int(ends[-1]))
+            found[here] = ends - lengths[here] + size <= total // size * size
+        return found
+
+    def rows(self, domain: str, split: str, count: int = 0, only: np.ndarray | None = None) -> Rows:
         """The first T tokens of documents with at least T tokens (separator not counted).
 
-        Stored order; in train repeated documents come first. At most `count` rows (0: all).
+        Stored order; in train repeated documents come first. At most `count` rows (0: all);
+        only: (documents,) bool, the documents that may be chosen (None: all).
         """
         lengths = self._lengths(domain, split)
         occurrences = self._occurrences(domain, split)
-        chosen = np.flatnonzero(lengths > self.block_size)  # T tokens and the separator
+        long = lengths > self.block_size  # T tokens and the separator
+        chosen = np.flatnonzero(long if only is None else long & only)
         chosen = chosen[np.argsort(occurrences[chosen] <= 1, kind="stable")]
         chosen = chosen[:count] if count else chosen
         ids = self.document_ids(domain, split)

@@ -4,8 +4,9 @@ Shapes: R rows, T tokens per row, S = T - 1 scored positions, N partitions.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from tiered.config import Config
+from tiered.config import Config, plain
 from tiered.data import ProcessedData, Rows, unigram_log_probs
 from tiered.metrics import UNDEFINED, bits_per_byte, maximal_nmi, partition_nmi
 from tiered.modeling_tiered import TieredForCausalLM, assign
 from tiered.partition import PartitionMap
+from tiered.record import environment
 from tiered.scoring import ScoreCache, TokenScores, score_rows
+from tiered.store import content_hash, digest, read_json
 
+SCHEMA = 2
 MAX_UNK_SHARE = 0.01  # rows above it print `undefined`: [UNK] hides the text it replaces
 
 
@@ -139,7 +143,7 @@ def rows_table(scores: Iterable[RowScores], **columns: str) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def write_rows(path: Any, table: pa.Table) -> None:
+def write_rows(path: Path, table: pa.Table) -> None:
     """Write a rows table as parquet, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -175,6 +179,34 @@ def routing_accuracy(
     return {str(c): float((chosen[:, c - 1] == partition).float().mean()) for c in lengths}
 
 
+def evaluation_key(
+    config: Config, data: ProcessedData, partitions: PartitionMap, models: Mapping[int, str]
+) -> str:
+    """Hash of everything that can change utility.json; models: content hash per partition."""
+    return digest(
+        {
+            "schema": SCHEMA,
+            "models": {str(k): h for k, h in models.items()},
+            "router": [content_hash(config.run_dir / "router"), plain(config.router)],
+            "map": partitions.as_json()["hash"],
+            "data": {
+                d: [data.split_hash(d, s) for s in ("train", config.eval.split)]
+                for d in data.domains
+            },
+            "eval": plain(config.eval),
+            "environment": environment(config),
+        }
+    )
+
+
+def finished(path: Path, inputs: str) -> dict[str, Any] | None:
+    """A finished evaluation of equal inputs, or None."""
+    if not (path.is_file() and path.with_name("rows.parquet").is_file()):
+        return None
+    result = read_json(path)
+    return result if result.get("inputs") == inputs else None
+
+
 def evaluate(
     config: Config,
     data: ProcessedData,
@@ -193,7 +225,7 @@ def evaluate(
         tables.append(rows_table(found.values()))
         decided.append(assign(scores, "sample", config.router.context_tokens)[:, -1].numpy())
     result = {
-        "schema": 1,
+        "schema": SCHEMA,
         "split": config.eval.split,
         "partitions": [list(group) for group in partitions.members],
         "method": partitions.method,

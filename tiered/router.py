@@ -4,6 +4,7 @@ runs/<experiment>/router/: config.json and model.safetensors (embedder), centroi
 router.json (domain and partition of every centroid).
 """
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from tiered.modeling_tiered import (
 from tiered.partition import PartitionMap
 from tiered.record import device_of, environment
 from tiered.store import (
+    TIMINGS,
     UserError,
     atomic_folder,
+    content_hash,
     digest,
     is_complete,
     link_tree,
@@ -166,10 +169,40 @@ def _mean_embedding(router: Level1Router, blocks: np.ndarray, batch_rows: int) -
     return (total / len(ids)).float()
 
 
+def build_router(config: Config, data: ProcessedData, partitions: PartitionMap) -> Path:
+    """Store folder of a config's router (embedder and centroids), built if it is not there yet."""
+    embedder = train_embedder(config, data)
+    identity = {
+        "embedder": content_hash(embedder) if embedder else None,
+        "level1": level1_config(config, data).to_diff_dict(),
+        "map": partitions.as_json()["hash"],
+        "data": {d: data.split_hash(d, "router") for d in data.domains},
+        "tokens_per_domain": config.router.tokens_per_domain,
+        "block_size": config.data.block_size,
+        "batch_rows": config.eval.batch_rows,
+        "environment": environment(config),
+    }
+    folder = config.store_dir / "routers" / digest(identity)
+    if is_complete(folder) and not config.overwrite:
+        verify(folder)
+        return folder
+    begin = time.perf_counter()
+    router, domains = make_router(config, data, partitions, embedder)
+    save_router(folder, router, domains, embedder, begin)
+    return folder
+
+
 def save_router(
-    folder: Path, router: Level1Router, domains: list[str | None], embedder: Path | None
+    folder: Path,
+    router: Level1Router,
+    domains: list[str | None],
+    embedder: Path | None,
+    begin: float,
 ) -> None:
-    """Write a router folder atomically; embedder weights are hard links into the store."""
+    """Write a router folder atomically; embedder weights are hard links into the store.
+
+    begin: time.perf_counter() when making it began (the embedder's training apart).
+    """
     with atomic_folder(folder) as path:
         if embedder is not None:
             link_tree(embedder, path / "embedder")
@@ -182,6 +215,7 @@ def save_router(
         write_json(
             path / "router.json", {"domains": domains, "num_partitions": router.num_partitions}
         )
+        write_json(path / TIMINGS, {"seconds": time.perf_counter() - begin})
 
 
 def load_router(folder: Path, command: str) -> tuple[Level1Router, list[str | None]]:

@@ -195,6 +195,12 @@ def link_tree(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
+def link_if_changed(source: Path, target: Path) -> None:
+    """Make `target` the published folder `source` by hard links, unless its content is the same."""
+    if not (is_complete(target) and content_hash(target) == content_hash(source)):
+        link_tree(source, target)
+
+
 def _link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)

@@ -37,10 +37,8 @@ from tiered.store import (
     TIMINGS,
     UserError,
     atomic_folder,
-    content_hash,
     digest,
     is_complete,
-    link_tree,
     read_json,
     seed_of,
     verify,
@@ -358,11 +356,3 @@ def train_partition(
 
     fit(config, job, lambda: kind.build(model_config), blocks, finish)
     return folder
-
-
-def publish_models(config: Config, folders: dict[int, Path]) -> None:
-    """Hard-link store models into runs/<experiment>/models/<k>."""
-    for k, source in folders.items():
-        target = config.run_dir / "models" / str(k)
-        if not (is_complete(target) and content_hash(target) == content_hash(source)):
-            link_tree(source, target)

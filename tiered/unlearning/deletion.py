@@ -6,13 +6,14 @@ from. `NotApplicable` carries the words that the table prints instead of numbers
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tiered.data import ProcessedData
 from tiered.metrics import NOT_APPLICABLE
-from tiered.router import load_router, make_router, save_router, train_embedder
-from tiered.store import content_hash, digest, is_complete, read_json, verify
-from tiered.training import model_key, train_partition
+from tiered.router import build_router, load_router, save_router
+from tiered.store import HASHES, content_hash, digest, is_complete
+from tiered.training import train_partition
 from tiered.unlearning.systems import Context, Outcome, recorded_cost
 
 
@@ -31,18 +32,10 @@ def gold(context: Context, forget: str) -> Outcome:
     Partition models that never saw the domain are bit-identical (isolation), so they are taken
     from the store; cost counts all of them, as a retrain from scratch would.
     """
-    models = _models_without(context, forget)
-    router = _router_without(context, forget)
-    tokens, seconds = recorded_cost(models)
-    router_tokens, router_seconds = _router_cost(context, forget)
-    return Outcome(
-        models=models,
-        router=router,
-        weights_removed=True,
-        tokens=tokens + router_tokens,
-        seconds=seconds + router_seconds,
-        rebuilt=["router", *(f"model/{k}" for k in models)],
-    )
+    begin = time.time()
+    models = _models_without(context, forget, context.config.overwrite)
+    router = _router_without(context, forget, context.config.overwrite)
+    return _rebuilt(models, router, models, begin)
 
 
 def delete_s0(context: Context, forget: str) -> Outcome:
@@ -70,7 +63,8 @@ def delete_s1(context: Context, forget: str) -> Outcome:
         kept = [c for c, k in enumerate(module.centroid_partition.tolist()) if k not in touched]
         for k in touched:
             module.remove_partition(k)
-        save_router(router, module, [domains[c] for c in kept], _embedder_of(context.router))
+        embedder = _embedder_of(context.router)
+        save_router(router, module, [domains[c] for c in kept], embedder, begin)
     models = {k: path for k, path in context.models.items() if k not in touched}
     return Outcome(
         models=models,
@@ -84,45 +78,28 @@ def delete_s1(context: Context, forget: str) -> Outcome:
 def delete_s2(context: Context, forget: str) -> Outcome:
     """Drop as S1 and rebuild the router without the domain's data."""
     touched = _removable(context, forget)
-    begin = time.perf_counter()
+    begin = time.time()
     models = {k: path for k, path in context.models.items() if k not in touched}
-    seconds = time.perf_counter() - begin
     router = _router_without(context, forget)
-    router_tokens, router_seconds = _router_cost(context, forget)
-    return Outcome(
-        models=models,
-        router=router,
-        weights_removed=True,
-        tokens=router_tokens,
-        seconds=seconds + router_seconds,
-        removed=[f"model/{k}" for k in touched],
-        rebuilt=["router"],
-    )
+    outcome = _rebuilt(models, router, {}, begin)
+    outcome.removed = [f"model/{k}" for k in touched]
+    return outcome
 
 
 def sisa(context: Context, forget: str) -> Outcome:
     """Retrain only the partitions that saw the domain, without it; rebuild the router.
 
     (Sharded, isolated, sliced, aggregated training: arXiv:1912.03817.) Equal inputs are never
-    trained twice: gold's partition model is reused with its recorded seconds.
+    trained twice: gold's partition models are reused with their recorded seconds.
     """
     touched = context.partitions.touched(forget)
-    reused = all(_already_trained(context, forget, k) for k in touched)
+    begin = time.time()
     models = _models_without(context, forget)
     router = _router_without(context, forget)
     retrained = {k: models[k] for k in touched if k in models}
-    tokens, seconds = recorded_cost(retrained)
-    router_tokens, router_seconds = _router_cost(context, forget)
-    return Outcome(
-        models=models,
-        router=router,
-        weights_removed=True,
-        tokens=tokens + router_tokens,
-        seconds=seconds + router_seconds,
-        reused=reused,
-        removed=[f"model/{k}" for k in touched],
-        rebuilt=["router", *(f"model/{k}" for k in retrained)],
-    )
+    outcome = _rebuilt(models, router, retrained, begin)
+    outcome.removed = [f"model/{k}" for k in touched]
+    return outcome
 
 
 OPERATIONS: dict[str, Callable[[Context, str], Outcome]] = {
@@ -143,8 +120,9 @@ def _removable(context: Context, forget: str) -> tuple[int, ...]:
     return touched
 
 
-def _models_without(context: Context, forget: str) -> dict[int, Path]:
-    config = context.config.without(forget)
+def _models_without(context: Context, forget: str, overwrite: bool = False) -> dict[int, Path]:
+    """Models of a world without the domain; only gold trains anew under `overwrite`."""
+    config = replace(context.config.without(forget), overwrite=overwrite)
     data = ProcessedData(config)
     models = {}
     for k in range(context.partitions.n):
@@ -154,45 +132,32 @@ def _models_without(context: Context, forget: str) -> dict[int, Path]:
     return models
 
 
-def _already_trained(context: Context, forget: str, k: int) -> bool:
-    config = context.config.without(forget)
-    data = ProcessedData(config)
-    if not any(d in data.domains for d in context.partitions.members[k]):
-        return False
-    key = model_key(config, data, context.partitions, k)
-    return is_complete(config.store_dir / "models" / key)
+def _router_without(context: Context, forget: str, overwrite: bool = False) -> Path:
+    config = replace(context.config.without(forget), overwrite=overwrite)
+    return build_router(config, ProcessedData(config), context.partitions)
 
 
-def _router_without(context: Context, forget: str) -> Path:
-    """Router folder built without the forget domain, from the store if it is there."""
-    config = context.config.without(forget)
-    data = ProcessedData(config)
-    embedder = train_embedder(config, data)
-    identity = {
-        "embedder": content_hash(embedder) if embedder else None,
-        "ngrams": [config.router.ngram_buckets, config.router.ngram_max],
-        "map": context.partitions.as_json()["hash"],
-        "data": {d: data.split_hash(d, "router") for d in data.domains},
-        "tokens": config.router.tokens_per_domain,
-        "block_size": config.data.block_size,
-    }
-    folder = config.store_dir / "routers" / digest(identity)
-    if is_complete(folder):
-        verify(folder)
-        return folder
-    router, domains = make_router(config, data, context.partitions, embedder)
-    save_router(folder, router, domains, embedder)
-    return folder
-
-
-def _router_cost(context: Context, forget: str) -> tuple[int, float]:
-    """Tokens x passes and seconds of the router's training without the domain."""
-    config = context.config.without(forget)
-    embedder = train_embedder(config, ProcessedData(config))
-    if embedder is None:
-        return 0, 0.0
-    tokens = read_json(embedder / "record.json")["tokens"]
-    return tokens, read_json(embedder / "timings.json")["seconds"]
+def _rebuilt(
+    models: dict[int, Path], router: Path, trained: dict[int, Path], begin: float
+) -> Outcome:
+    """Outcome of a rebuild of the router and of the `trained` models; what stood there before
+    `begin` (seconds since the epoch) is named as reused and counts with its recorded cost."""
+    parts = {f"model/{k}": path for k, path in trained.items()}
+    tokens, seconds = recorded_cost([router, *parts.values()])
+    parts["router"] = router
+    if (router / "embedder").is_dir():
+        parts["router"] = router / "embedder"
+        embedder_tokens, embedder_seconds = recorded_cost([router / "embedder"])
+        tokens, seconds = tokens + embedder_tokens, seconds + embedder_seconds
+    return Outcome(
+        models=models,
+        router=router,
+        weights_removed=True,
+        tokens=tokens,
+        seconds=seconds,
+        reused=sorted(n for n, path in parts.items() if (path / HASHES).stat().st_mtime < begin),
+        rebuilt=["router", *(n for n in parts if n != "router")],
+    )
 
 
 def _embedder_of(router: Path) -> Path | None:

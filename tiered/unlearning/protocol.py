@@ -45,14 +45,15 @@ class Measured:
 def scored_rows(context: Context, forget: str) -> dict[tuple[str, str], Rows]:
     """The rows of a forget domain's protocol: (split, domain) -> rows, in a fixed order."""
     unlearn, data = context.config.unlearn, context.data
-    rows = {
-        (split, forget): data.rows(forget, split, unlearn.forget_rows)
-        for split in ("train", "holdout", "test")
-    }
-    for domain in data.domains:
-        if domain != forget:
-            for split in ("train", "test"):
-                rows[split, domain] = data.rows(domain, split, unlearn.retain_rows)
+    rows = {}
+    for domain in (forget, *(d for d in data.domains if d != forget)):
+        count = unlearn.forget_rows if domain == forget else unlearn.retain_rows
+        assigned = context.partitions.assign(domain, data.document_ids(domain, "train"))
+        trained = data.packed(domain, "train", assigned)
+        rows["train", domain] = data.rows(domain, "train", count, trained)
+        if domain == forget:
+            rows["holdout", domain] = data.rows(domain, "holdout", count)
+        rows["test", domain] = data.rows(domain, "test", count)
     return rows
 
 
@@ -81,11 +82,12 @@ def _router_losses(
     embedder = model.router.embedder
     if not isinstance(embedder, Level1Embedder):
         return None, None
-    losses = []
-    for split in ("router", "holdout"):
-        rows = context.data.rows(forget, split, context.config.unlearn.forget_rows)
+    losses, data, config = [], context.data, context.config
+    trained = data.packed(forget, "router", limit_tokens=config.router.tokens_per_domain)
+    for split, only in (("router", trained), ("holdout", None)):
+        rows = data.rows(forget, split, config.unlearn.forget_rows, only)
         ids = torch.from_numpy(np.ascontiguousarray(rows.input_ids))
-        nll, _ = score_prefixes(embedder, ids, ids.shape[1] - 1, context.config.eval.batch_rows)
+        nll, _ = score_prefixes(embedder, ids, ids.shape[1] - 1, config.eval.batch_rows)
         losses.append(nll.double().mean(1).numpy())
     return losses[0], losses[1]
 

@@ -4,6 +4,7 @@ system/router/, system/models/<k>/ are hard links of what is unchanged; system/s
 what is exact, what the claim rests on, and what the operation does not touch.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tiered.data import ProcessedData
 from tiered.modeling_tiered import TieredForCausalLM
 from tiered.partition import PartitionMap
 from tiered.router import load_models, load_router, tiered_model
-from tiered.store import atomic_folder, content_hash, link_tree, read_json, write_json
+from tiered.store import TIMINGS, atomic_folder, content_hash, link_tree, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Context:
 class Outcome:
     """What an operation makes, and what it cost.
 
-    tokens: training tokens x passes; seconds: recorded training time of reused models included;
+    tokens: training tokens x passes; seconds: with the recorded time of what was reused;
     exact_given: artefacts the exactness rests on; allowed: partitions that may be routed to
     (None: all); removed / rebuilt: names of artefacts.
     """
@@ -42,7 +43,7 @@ class Outcome:
     weights_removed: bool = False
     tokens: int = 0
     seconds: float = 0.0
-    reused: bool = False
+    reused: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     rebuilt: list[str] = field(default_factory=list)
 
@@ -73,8 +74,11 @@ def load_system(context: Context, folder: Path) -> tuple[TieredForCausalLM, dict
     return model, {k: content_hash(path) for k, path in folders.items()}
 
 
-def recorded_cost(models: dict[int, Path]) -> tuple[int, float]:
-    """Training tokens x passes and training seconds of models, from their own records."""
-    tokens = sum(read_json(path / "record.json")["tokens"] for path in models.values())
-    seconds = sum(read_json(path / "timings.json")["seconds"] for path in models.values())
+def recorded_cost(folders: Iterable[Path]) -> tuple[int, float]:
+    """Training tokens x passes and seconds of published artefacts, from their own records."""
+    tokens, seconds = 0, 0.0
+    for path in folders:
+        record = path / "record.json"
+        tokens += read_json(record)["tokens"] if record.is_file() else 0
+        seconds += read_json(path / TIMINGS)["seconds"]
     return tokens, seconds
