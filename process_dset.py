@@ -11,13 +11,14 @@ Writes  data/processed/<key>/ (tokenizer/, <domain>/<split>/, manifest.json), wh
 from tiered import processing
 from tiered.config import Config, run_script
 from tiered.data import processed_folder
+from tiered.workers import processes
 
 
 def main(config: Config) -> None:
     """Processed data of one experiment's present domains."""
     # 1. where it goes, and who works on it
     folder = processed_folder(config)
-    with processing.workers(config) as pool:
+    with processes(min(config.data.num_proc, len(config.data.domains))) as pool:
         # 2. raw text -> cleaned text: normalise, filter, deduplicate, domain by domain
         processing.clean_present_domains(config, pool)
         # 3. the tokenizer all partitions share

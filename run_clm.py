@@ -7,23 +7,37 @@ Writes  runs/<experiment>/models/<k>/ (links into runs/.store/models), provenanc
     python run_clm.py configs/c4/n16.yaml partition.index=3 training.bf16=true   # one GPU
 """
 
+from collections.abc import Iterable
+
 from tiered.config import Config, run_script
 from tiered.data import ProcessedData
 from tiered.partition import make_partition_map
 from tiered.record import note_provenance, start, timed
 from tiered.store import link_if_changed, read_json
-from tiered.training import train_partition
+from tiered.training import missing_models, train_at_once, train_partition
+
+
+def wanted(config: Config) -> Iterable[int]:
+    """Partitions this call trains."""
+    return config.partition.index or range(config.partition.n)
+
+
+def prepare(configs: list[Config]) -> None:
+    """With training.num_proc above 1: train the models of all experiments, several at a time."""
+    for config in configs:
+        make_partition_map(config)
+        start(config, "run_clm")
+    train_at_once(configs, lambda config: missing_models(config, wanted(config)))
 
 
 def main(config: Config) -> None:
     """Models of one experiment's partitions."""
     # 1. which partitions
     partitions = make_partition_map(config)
-    wanted = config.partition.index or range(partitions.n)
     # 2. processed data
     data = ProcessedData(config)
     start(config, "run_clm")
-    for k in wanted:
+    for k in wanted(config):
         # 3. train partition k, or take it from the store if its inputs are unchanged
         with timed(config, f"run_clm/{k}"):
             folder = train_partition(config, data, partitions, k)
@@ -42,4 +56,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__)
+    run_script(main, __doc__, prepare)

@@ -13,7 +13,13 @@ from tqdm import tqdm
 from tiered.config import Config, run_script
 from tiered.record import start, timed
 from tiered.store import read_json, write_json
-from tiered.unlearning.benchmark import benchmark_domain, open_run, print_table
+from tiered.training import train_at_once
+from tiered.unlearning.benchmark import benchmark_domain, missing_golds, open_run, print_table
+
+
+def prepare(configs: list[Config]) -> None:
+    """With training.num_proc above 1: train the golds of all experiments, several at a time."""
+    train_at_once(configs, missing_golds)
 
 
 def main(config: Config) -> None:
@@ -36,4 +42,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__)
+    run_script(main, __doc__, prepare)

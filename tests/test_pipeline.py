@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import STAGES, TINY_EXPERIMENTS, run_stages
+from tests.conftest import STAGES, TINY_EXPERIMENTS, run_stages, tiny_project
+from tiered.store import tree_hashes
 
 OPERATIONS = ("original", "gold", "delete-S0", "delete-S1", "delete-S2", "sisa")
 
@@ -158,6 +160,19 @@ def test_rerun_trains_nothing_and_repeats_every_metric(tiny):
     assert len(list(tiny.glob("runs/.store/models/*/model.safetensors"))) == len(models)
     after = {n: (tiny / "runs" / n / "metrics.json").read_bytes() for n in TINY_EXPERIMENTS}
     assert before == after
+
+
+def test_models_trained_at_the_same_time_are_the_same(tiny, tmp_path):
+    """training.num_proc = 2: partition models, gold models and metrics bit for bit."""
+    tiny_project(tmp_path)
+    shutil.copytree(tiny / "processed", tmp_path / "processed")
+    stages = ("train_det_router", "run_clm", "eval_det_router", "unlearn_benchmarks")
+    output = run_stages(tmp_path, stages, "configs/n2.yaml", "training.num_proc=2")
+    for name in ("models", "unlearn/hi/gold/system/models", "unlearn/hi/gold/system/router"):
+        found, expected = (folder / "runs/n2" / name for folder in (tmp_path, tiny))
+        assert tree_hashes(found) == tree_hashes(expected), output
+    for name in ("metrics.json", "eval/utility.json"):
+        assert (tmp_path / "runs/n2" / name).read_bytes() == (tiny / "runs/n2" / name).read_bytes()
 
 
 def test_report_has_every_table_and_plot(tiny):

@@ -226,6 +226,9 @@ class TrainingConfig:
     max_grad_norm: float = opt(1.0, "gradient norm at which gradients are clipped", low=0)
     logging_steps: int = opt(50, "optimizer steps between lines of metrics.jsonl", low=1)
     save_steps: int = opt(0, "optimizer steps between resume checkpoints; 0: none", low=0)
+    num_proc: int = opt(
+        1, "models trained at the same time, a process each (CPU; never changes a result)", low=1
+    )
     report_to: tuple[str, ...] = opt((), "trackers besides metrics.jsonl: wandb, tensorboard")
     arguments: Mapping[str, Any] = opt({}, "(filled in) other TrainingArguments set in the file")
 
@@ -639,10 +642,20 @@ def parse_arguments(arguments: list[str], doc: str) -> list[Config]:
     return configs
 
 
-def run_script(main: Callable[[Config], None], doc: str) -> None:
-    """Run `main` on each config; a user's mistake is one line on stderr and exit code 2."""
+def run_script(
+    main: Callable[[Config], None],
+    doc: str,
+    prepare: Callable[[list[Config]], None] | None = None,
+) -> None:
+    """Run `prepare` on all configs of the call, then `main` on each.
+
+    A user's mistake is one line on stderr and exit code 2.
+    """
     try:
-        for config in parse_arguments(sys.argv[1:], doc):
+        configs = parse_arguments(sys.argv[1:], doc)
+        if prepare is not None:
+            prepare(configs)
+        for config in configs:
             main(config)
     except (UserError, OSError) as error:
         text = str(error) or type(error).__name__

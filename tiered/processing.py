@@ -10,20 +10,14 @@ worker processes. Deleting a domain therefore leaves every other domain's folder
 """
 
 import hashlib
-import os
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from tiered.cleaning import (
     BATCH_DOCUMENTS,
@@ -62,6 +56,7 @@ from tiered.tokenization import (
     tokenizer_record,
     train_bpe,
 )
+from tiered.workers import run_all
 
 FEATURES = datasets.Features(
     {
@@ -318,53 +313,6 @@ def tokenize_domain(config: Config, domain: str) -> None:
 # --- stages -----------------------------------------------------------
 
 
-@contextmanager
-def workers(config: Config) -> Iterator[Executor | None]:
-    """A pool of data.num_proc processes; None (this process) for one."""
-    # spawn: a forked copy of a process whose tokenizer threads run can lock up.
-    count = min(config.data.num_proc, len(config.data.domains))
-    if count == 1:
-        yield None
-        return
-    with ProcessPoolExecutor(count, get_context("spawn"), _end_with_parent) as pool:
-        yield pool
-
-
-def _end_with_parent() -> None:
-    """Make a worker end when its parent is killed; it would wait for work for ever."""
-
-    def wait() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def for_domains(
-    function: Callable[[Config, str], Any],
-    config: Config,
-    domains: list[str],
-    pool: Executor | None,
-    label: str,
-) -> None:
-    """Call function(config, domain) for each domain, in the pool's processes if there is one."""
-    bar = tqdm(total=len(domains), desc=label, unit="domain", disable=None)
-    with bar:
-        if pool is None:
-            for domain in domains:
-                function(config, domain)
-                bar.update()
-            return
-        futures = [pool.submit(function, config, domain) for domain in domains]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                bar.update()
-        finally:
-            for future in futures:
-                future.cancel()
-
-
 def clean_again(config: Config, domain: str) -> None:
     """clean_domain under config.overwrite."""
     clean_domain(config, domain, overwrite=True)
@@ -374,7 +322,8 @@ def clean_domains(
     config: Config, pool: Executor | None, domains: list[str], overwrite: bool = False
 ) -> None:
     """Make the cleaned text of these domains where it is not there yet."""
-    for_domains(clean_again if overwrite else clean_domain, config, domains, pool, "clean")
+    function = clean_again if overwrite else clean_domain
+    run_all([(function, config, d) for d in domains], pool, "clean", "domain")
 
 
 def clean_present_domains(config: Config, pool: Executor | None) -> None:
@@ -388,7 +337,7 @@ def clean_present_domains(config: Config, pool: Executor | None) -> None:
 def tokenize_domains(config: Config, pool: Executor | None, tokenizer_hash: str) -> list[str]:
     """Processed data of the present domains; returns those that had to be made."""
     todo = [d for d in config.present_domains if not domain_done(config, d, tokenizer_hash)]
-    for_domains(tokenize_domain, config, todo, pool, "tokenise")
+    run_all([(tokenize_domain, config, d) for d in todo], pool, "tokenise", "domain")
     return todo
 
 

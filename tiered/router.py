@@ -24,7 +24,7 @@ from tiered.modeling_tiered import (
     TieredForCausalLM,
 )
 from tiered.partition import PartitionMap
-from tiered.record import device_of, environment
+from tiered.record import device_of, environment, set_threads
 from tiered.store import (
     TIMINGS,
     UserError,
@@ -39,6 +39,7 @@ from tiered.store import (
     write_json,
 )
 from tiered.training import Fit, fit
+from tiered.workers import Call
 
 
 def level1_config(config: Config, data: ProcessedData) -> Level1Config:
@@ -75,11 +76,8 @@ def router_blocks(
     return blocks
 
 
-def train_embedder(config: Config, data: ProcessedData) -> Path | None:
-    """Store folder of the Level-1 embedder LM, trained on the router split of present domains.
-
-    None for `hashed_ngrams`, which has nothing to train.
-    """
+def embedder_folder(config: Config, data: ProcessedData) -> Path | None:
+    """The embedder's place in the store; None for `hashed_ngrams`, which has nothing to train."""
     if config.router.embedder == "hashed_ngrams":
         return None
     fixed = ("scope", "context_tokens", "early_positions")
@@ -94,7 +92,14 @@ def train_embedder(config: Config, data: ProcessedData) -> Path | None:
             "environment": environment(config),
         }
     )
-    folder = config.store_dir / "embedders" / key
+    return config.store_dir / "embedders" / key
+
+
+def train_embedder(config: Config, data: ProcessedData) -> Path | None:
+    """Folder of the Level-1 embedder LM, trained on the router split of present domains."""
+    folder = embedder_folder(config, data)
+    if folder is None:
+        return None
     if is_complete(folder) and not config.overwrite:
         verify(folder)
         return folder
@@ -116,6 +121,19 @@ def train_embedder(config: Config, data: ProcessedData) -> Path | None:
     model_config = level1_config(config, data)
     fit(config, job, lambda: Level1Embedder(model_config), blocks, lambda model, path: {})
     return folder
+
+
+def missing_embedder(config: Config) -> dict[Path, Call]:
+    """The call that trains the embedder the store lacks, by the folder it makes."""
+    folder = embedder_folder(config, ProcessedData(config))
+    missing = folder is not None and not is_complete(folder)
+    return {folder: (train_embedder_apart, config)} if missing else {}
+
+
+def train_embedder_apart(config: Config) -> None:
+    """train_embedder in a process of its own."""
+    set_threads(config)
+    train_embedder(config, ProcessedData(config))
 
 
 def make_router(

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from tiered import checkpoint
 from tiered.config import Config, plain
 from tiered.data import ProcessedData, position_ids
 from tiered.methods import MODELS
-from tiered.partition import PartitionMap
-from tiered.record import device_of, environment, peak_memory_bytes
+from tiered.partition import PartitionMap, make_partition_map
+from tiered.record import device_of, environment, peak_memory_bytes, set_threads
 from tiered.store import (
     TIMINGS,
     UserError,
@@ -44,6 +44,7 @@ from tiered.store import (
     verify,
     write_json,
 )
+from tiered.workers import Call, in_worker, processes, run_all
 
 
 class OrderedBlocks(torch.utils.data.Dataset):
@@ -84,7 +85,7 @@ class ProgressBar(TrainerCallback):
             initial=state.global_step,
             desc=self.label,
             unit="step",
-            disable=None if state.is_world_process_zero else True,
+            disable=None if state.is_world_process_zero and not in_worker() else True,
         )
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -267,7 +268,10 @@ def batch_rows(config: Config, share: float) -> int:
 
 def training_arguments(config: Config, share: float) -> dict[str, Any]:
     """TrainingArguments of one partition's model."""
-    own = {"schedule", "min_batch_rows", "num_train_epochs", "save_steps", "report_to", "arguments"}
+    own = {
+        *("schedule", "min_batch_rows", "num_train_epochs"),
+        *("num_proc", "save_steps", "report_to", "arguments"),
+    }
     section = plain(config.training)
     values = {k: v for k, v in section.items() if k not in own}
     values["per_device_train_batch_size"] = batch_rows(config, share)
@@ -295,39 +299,46 @@ def partition_blocks(
     return (np.concatenate(parts) if parts else None), identity
 
 
-def model_key(config: Config, data: ProcessedData, partitions: PartitionMap, k: int) -> str:
-    """Address of partition k's model: a hash of everything that reaches its weights."""
+def model_folder(
+    config: Config, data: ProcessedData, partitions: PartitionMap, k: int
+) -> Path | None:
+    """Partition k's place in the store: a hash of everything that reaches its model's weights.
+
+    None for a partition without data (all its domains are excluded).
+    """
     share = partitions.share(k)
     arguments = training_arguments(config, share)
     present = [d for d in partitions.members[k] if d in data.domains]
-    return digest(
-        {
-            "model": plain(config.model),
-            "training": plain({n: v for n, v in arguments.items() if n != "logging_steps"}),
-            "epochs": config.training.num_train_epochs,
-            "seed": config.seed,
-            "partition": partitions.identity(k),
-            "data": {d: data.split_hash(d, "train") for d in present},
-            "processed": data.key,
-            "block_size": config.data.block_size,
-            "separate_documents": config.data.separate_documents,
-            "tokenizer": data.tokenizer_hash,
-            "environment": environment(config),
-        }
+    if not present:
+        return None
+    return (
+        config.store_dir
+        / "models"
+        / digest(
+            {
+                "model": plain(config.model),
+                "training": plain({n: v for n, v in arguments.items() if n != "logging_steps"}),
+                "epochs": config.training.num_train_epochs,
+                "seed": config.seed,
+                "partition": partitions.identity(k),
+                "data": {d: data.split_hash(d, "train") for d in present},
+                "processed": data.key,
+                "block_size": config.data.block_size,
+                "separate_documents": config.data.separate_documents,
+                "tokenizer": data.tokenizer_hash,
+                "environment": environment(config),
+            }
+        )
     )
 
 
 def train_partition(
     config: Config, data: ProcessedData, partitions: PartitionMap, k: int
 ) -> Path | None:
-    """Folder of partition k's model in the store, trained if it is not there yet.
-
-    None for a partition without data (all its domains are excluded).
-    """
-    if not any(d in data.domains for d in partitions.members[k]):
+    """Folder of partition k's model in the store, trained if it is not there yet (or None)."""
+    folder = model_folder(config, data, partitions, k)
+    if folder is None:
         return None
-    key = model_key(config, data, partitions, k)
-    folder = config.store_dir / "models" / key
     if is_complete(folder) and not config.overwrite:
         verify(folder)
         return folder
@@ -356,3 +367,35 @@ def train_partition(
 
     fit(config, job, lambda: kind.build(model_config), blocks, finish)
     return folder
+
+
+def missing_models(config: Config, wanted: Iterable[int]) -> dict[Path, Call]:
+    """Calls that train the partitions whose models the store lacks, by the folder they make."""
+    data, partitions = ProcessedData(config), make_partition_map(config)
+    folders = {k: model_folder(config, data, partitions, k) for k in wanted}
+    return {
+        folder: (train_apart, config, k)
+        for k, folder in folders.items()
+        if folder is not None and not is_complete(folder)
+    }
+
+
+def train_apart(config: Config, k: int) -> None:
+    """train_partition in a process of its own."""
+    set_threads(config)
+    train_partition(config, ProcessedData(config), make_partition_map(config), k)
+
+
+def train_at_once(configs: list[Config], missing: Callable[[Config], dict[Path, Call]]) -> None:
+    """Make what the configs' stores lack, training.num_proc calls at a time.
+
+    With one process, or under `overwrite`, nothing is done: each is made where it is needed.
+    """
+    calls: dict[Path, Call] = {}
+    for config in configs:
+        if config.training.num_proc > 1 and not config.overwrite:
+            calls |= missing(config)
+    if len(calls) > 1:
+        count = max(config.training.num_proc for config in configs)
+        with processes(min(count, len(calls))) as pool:
+            run_all(list(calls.values()), pool, "train", "model")

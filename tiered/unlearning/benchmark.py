@@ -13,7 +13,7 @@ from tiered.data import ProcessedData
 from tiered.evaluation import RowScores, rows_table, write_rows
 from tiered.partition import make_partition_map
 from tiered.record import environment, peak_memory_bytes
-from tiered.router import load_router, run_models
+from tiered.router import load_router, missing_embedder, run_models
 from tiered.store import (
     TIMINGS,
     UserError,
@@ -22,9 +22,11 @@ from tiered.store import (
     read_json,
     write_json,
 )
+from tiered.training import missing_models
 from tiered.unlearning.deletion import OPERATIONS, NotApplicable
 from tiered.unlearning.protocol import Measured, measure, metrics, scored_rows
 from tiered.unlearning.systems import Context, Outcome, load_system, write_system
+from tiered.workers import Call
 
 SCHEMA = 1
 
@@ -49,6 +51,16 @@ def open_run(config: Config) -> Context:
     load_router(config.run_dir / "router", "python train_det_router.py CONFIG")
     models = run_models(config, partitions, data)
     return Context(config, data, partitions, models, config.run_dir / "router")
+
+
+def missing_golds(config: Config) -> dict[Path, Call]:
+    """Calls that train what the gold retrains of a finished run still lack."""
+    open_run(config)
+    calls: dict[Path, Call] = {}
+    for forget in config.unlearn.forget:
+        without = config.without(forget)
+        calls |= missing_models(without, range(config.partition.n)) | missing_embedder(without)
+    return calls
 
 
 def benchmark_domain(context: Context, forget: str, bar: Any = None) -> dict[str, Any]:
@@ -221,8 +233,8 @@ def _science(config: Config) -> dict[str, Any]:
     value = plain(config)
     for key in ("output_dir", "overwrite", "name"):
         del value[key]
-    for key in ("num_proc", "processed_dir"):
-        del value["data"][key]
+    for section, key in (("data", "num_proc"), ("data", "processed_dir"), ("training", "num_proc")):
+        del value[section][key]
     return value
 
 

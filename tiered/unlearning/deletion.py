@@ -12,7 +12,7 @@ from pathlib import Path
 from tiered.data import ProcessedData
 from tiered.metrics import NOT_APPLICABLE
 from tiered.router import build_router, load_router, save_router
-from tiered.store import HASHES, content_hash, digest, is_complete
+from tiered.store import content_hash, digest, is_complete
 from tiered.training import train_partition
 from tiered.unlearning.systems import Context, Outcome, recorded_cost
 
@@ -32,10 +32,14 @@ def gold(context: Context, forget: str) -> Outcome:
     Partition models that never saw the domain are bit-identical (isolation), so they are taken
     from the store; cost counts all of them, as a retrain from scratch would.
     """
-    begin = time.time()
     models = _models_without(context, forget, context.config.overwrite)
     router = _router_without(context, forget, context.config.overwrite)
-    return _rebuilt(models, router, models, begin)
+    outcome = _rebuilt(models, router, models)
+    originals = {k: content_hash(path) for k, path in context.models.items()}
+    outcome.reused = [
+        f"model/{k}" for k, path in models.items() if content_hash(path) == originals[k]
+    ]
+    return outcome
 
 
 def delete_s0(context: Context, forget: str) -> Outcome:
@@ -78,10 +82,9 @@ def delete_s1(context: Context, forget: str) -> Outcome:
 def delete_s2(context: Context, forget: str) -> Outcome:
     """Drop as S1 and rebuild the router without the domain's data."""
     touched = _removable(context, forget)
-    begin = time.time()
     models = {k: path for k, path in context.models.items() if k not in touched}
-    router = _router_without(context, forget)
-    outcome = _rebuilt(models, router, {}, begin)
+    outcome = _rebuilt(models, _router_without(context, forget), {})
+    outcome.reused = outcome.rebuilt  # gold made it
     outcome.removed = [f"model/{k}" for k in touched]
     return outcome
 
@@ -93,11 +96,10 @@ def sisa(context: Context, forget: str) -> Outcome:
     trained twice: gold's partition models are reused with their recorded seconds.
     """
     touched = context.partitions.touched(forget)
-    begin = time.time()
     models = _models_without(context, forget)
-    router = _router_without(context, forget)
     retrained = {k: models[k] for k in touched if k in models}
-    outcome = _rebuilt(models, router, retrained, begin)
+    outcome = _rebuilt(models, _router_without(context, forget), retrained)
+    outcome.reused = outcome.rebuilt  # gold made them
     outcome.removed = [f"model/{k}" for k in touched]
     return outcome
 
@@ -137,26 +139,17 @@ def _router_without(context: Context, forget: str, overwrite: bool = False) -> P
     return build_router(config, ProcessedData(config), context.partitions)
 
 
-def _rebuilt(
-    models: dict[int, Path], router: Path, trained: dict[int, Path], begin: float
-) -> Outcome:
-    """Outcome of a rebuild of the router and of the `trained` models; what stood there before
-    `begin` (seconds since the epoch) is named as reused and counts with its recorded cost."""
-    parts = {f"model/{k}": path for k, path in trained.items()}
-    tokens, seconds = recorded_cost([router, *parts.values()])
-    parts["router"] = router
-    if (router / "embedder").is_dir():
-        parts["router"] = router / "embedder"
-        embedder_tokens, embedder_seconds = recorded_cost([router / "embedder"])
-        tokens, seconds = tokens + embedder_tokens, seconds + embedder_seconds
+def _rebuilt(models: dict[int, Path], router: Path, trained: dict[int, Path]) -> Outcome:
+    """Outcome of a rebuild of the router and of the `trained` models, at their recorded cost."""
+    embedder = _embedder_of(router)
+    tokens, seconds = recorded_cost([router, *([embedder] if embedder else []), *trained.values()])
     return Outcome(
         models=models,
         router=router,
         weights_removed=True,
         tokens=tokens,
         seconds=seconds,
-        reused=sorted(n for n, path in parts.items() if (path / HASHES).stat().st_mtime < begin),
-        rebuilt=["router", *(n for n in parts if n != "router")],
+        rebuilt=["router", *(f"model/{k}" for k in trained)],
     )
 
 

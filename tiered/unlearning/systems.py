@@ -33,8 +33,8 @@ class Outcome:
     """What an operation makes, and what it cost.
 
     tokens: training tokens x passes; seconds: with the recorded time of what was reused;
-    exact_given: artefacts the exactness rests on; allowed: partitions that may be routed to
-    (None: all); removed / rebuilt: names of artefacts.
+    allowed: partitions that may be routed to (None: all); removed / rebuilt: names of artefacts;
+    reused: those rebuilt that equal inputs had already made.
     """
 
     models: dict[int, Path]
