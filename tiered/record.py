@@ -23,9 +23,11 @@ from tiered.store import TIMINGS, read_json, write_json, write_text
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
 
 
-def set_threads(config: Config) -> None:
-    """Fix torch's CPU thread count: some sums depend on it, so it is part of every hash."""
+def set_up_process(config: Config) -> None:
+    """Fix torch's CPU thread count (some sums depend on it: it is part of every hash), and silence
+    transformers' progress bars: ours say what is being done, in units."""
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    disable_progress_bar()
 
 
 def device_of(config: Config) -> torch.device:
@@ -48,8 +50,7 @@ def environment(config: Config) -> dict[str, Any]:
 
 def start(config: Config, stage: str) -> None:
     """Write config.yaml and record.json of the run folder, before the stage does any work."""
-    set_threads(config)
-    disable_progress_bar()  # of transformers: ours say what is being done, in units
+    set_up_process(config)
     folder = config.run_dir
     text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
     write_text(folder / "config.yaml", text)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from tiered.config import Config, plain
 from tiered.data import ProcessedData
@@ -24,7 +23,7 @@ from tiered.modeling_tiered import (
     TieredForCausalLM,
 )
 from tiered.partition import PartitionMap
-from tiered.record import device_of, environment, set_threads
+from tiered.record import device_of, environment, set_up_process
 from tiered.store import (
     TIMINGS,
     UserError,
@@ -132,7 +131,7 @@ def missing_embedder(config: Config) -> dict[Path, Call]:
 
 def train_embedder_apart(config: Config) -> None:
     """train_embedder in a process of its own."""
-    set_threads(config)
+    set_up_process(config)
     train_embedder(config, ProcessedData(config))
 
 
@@ -241,7 +240,6 @@ def load_router(folder: Path, command: str) -> tuple[Level1Router, list[str | No
     if not is_complete(folder):
         raise UserError(f"{folder}: no router here yet; run: {command}")
     verify(folder)
-    disable_progress_bar()  # of transformers: one flash per model says nothing
     meta = read_json(folder / "router.json")
     tensors = load_file(folder / "centroids.safetensors")
     config = Level1Config.from_pretrained(folder)

@@ -32,7 +32,7 @@ from tiered.config import Config, plain
 from tiered.data import ProcessedData, position_ids
 from tiered.methods import MODELS
 from tiered.partition import PartitionMap, make_partition_map
-from tiered.record import device_of, environment, peak_memory_bytes, set_threads
+from tiered.record import device_of, environment, peak_memory_bytes, set_up_process
 from tiered.store import (
     TIMINGS,
     UserError,
@@ -382,16 +382,19 @@ def missing_models(config: Config, wanted: Iterable[int]) -> dict[Path, Call]:
 
 def train_apart(config: Config, k: int) -> None:
     """train_partition in a process of its own."""
-    set_threads(config)
+    set_up_process(config)
     train_partition(config, ProcessedData(config), make_partition_map(config), k)
 
 
 def train_at_once(configs: list[Config], missing: Callable[[Config], dict[Path, Call]]) -> None:
     """Make what the configs' stores lack, training.num_proc calls at a time.
 
-    With one process, or under `overwrite`, nothing is done: each is made where it is needed.
+    With one process, under `overwrite` or under torchrun nothing is done: each is made where it
+    is needed.
     """
     calls: dict[Path, Call] = {}
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return
     for config in configs:
         if config.training.num_proc > 1 and not config.overwrite:
             calls |= missing(config)
