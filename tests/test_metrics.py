@@ -34,6 +34,17 @@ def test_auc_known_answers():
     assert metrics.auc(np.zeros(3), np.ones(3)) == 1.0
 
 
+def test_bootstrap_resamples_are_scored_as_whole_sets_are():
+    """With ties: the same draws, each resample's AUC by the plain function."""
+    g = np.random.default_rng(3)
+    a, b = g.integers(0, 9, 30).astype(float), g.integers(2, 12, 20).astype(float)
+    found = metrics.bootstrap_auc(a, b, 50, np.random.default_rng(7))
+    g = np.random.default_rng(7)
+    drawn = [metrics.auc(a[g.integers(30, size=30)], b[g.integers(20, size=20)]) for _ in range(50)]
+    assert [found.low, found.high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist())
+    assert found.value == metrics.auc(a, b)
+
+
 def test_bootstrap_interval_covers_the_truth_at_its_rate():
     # Gaussians one standard deviation apart have AUC Phi(1 / sqrt 2) = 0.7602
     hits = 0

@@ -122,6 +122,7 @@ class ProcessedData:
         self.pad_id: int = info["pad_id"]
         self.unk_id: int | None = info["unk_id"]
         self._verified: set[str] = set()
+        self._tables: dict[tuple[str, str], pa.Table] = {}
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -240,7 +241,9 @@ class ProcessedData:
             self._verified.add(domain)
         if not self.manifest["domains"][domain]["splits"][split]["documents"]:
             return None
-        return load_from_disk(self.folder / domain / split).data.column(name)
+        if (domain, split) not in self._tables:
+            self._tables[domain, split] = load_from_disk(self.folder / domain / split).data
+        return self._tables[domain, split].column(name)
 
     def _lists(self, domain: str, split: str, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Per stored chunk: offsets (documents + 1,) into the chunk's flat values, no copy."""

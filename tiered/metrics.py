@@ -51,12 +51,17 @@ def bootstrap_auc(
     The standard error is the bootstrap's, but never below Hanley and McNeil's (1982): with every
     member below every non-member the bootstrap sees no spread at all.
     """
-    value = auc(members, non_members)
+    value, m = auc(members, non_members), len(members)
+    # Scores only count by their order: resample their places among the distinct values.
+    distinct, places = np.unique(np.concatenate([members, non_members]), return_inverse=True)
     drawn = np.empty(samples)
     for i in range(samples):
-        a = members[generator.integers(len(members), size=len(members))]
-        b = non_members[generator.integers(len(non_members), size=len(non_members))]
-        drawn[i] = auc(a, b)
+        a, b = (
+            np.bincount(own[generator.integers(len(own), size=len(own))], minlength=len(distinct))
+            for own in (places[:m], places[m:])
+        )
+        above = b.sum() - np.cumsum(b)  # non-members above each value
+        drawn[i] = (a * (above + 0.5 * b)).sum() / (a.sum() * b.sum())
     low, high = np.quantile(drawn, [0.025, 0.975])
     floor = hanley_mcneil_error(value, len(members), len(non_members))
     return Interval(value, float(low), float(high), max(float(drawn.std(ddof=1)), floor))

@@ -24,7 +24,15 @@ from tiered.store import (
 )
 from tiered.training import missing_models
 from tiered.unlearning.deletion import OPERATIONS, NotApplicable
-from tiered.unlearning.protocol import Measured, measure, metrics, scored_rows
+from tiered.unlearning.protocol import (
+    Losses,
+    Measured,
+    ScoredRows,
+    measure,
+    metrics,
+    router_losses,
+    scored_rows,
+)
 from tiered.unlearning.systems import Context, Outcome, load_system, write_system
 from tiered.workers import Call
 
@@ -78,12 +86,13 @@ def benchmark_domain(context: Context, forget: str, bar: Any = None) -> dict[str
             words[name] = str(reason)
         operation_seconds[name] = time.perf_counter() - begin
     measured: dict[str, Measured] = {}
+    scored, losses = scored_rows(context, forget), {}
     for name, outcome in outcomes.items():
         folder = _folder(context, forget, name)
         begin = time.perf_counter()
         write_system(folder / "system", outcome, describe(context, forget, outcome, outcomes))
         outcome.seconds += (time.perf_counter() - begin) * (name.startswith("delete"))
-        measured[name] = _measured(context, forget, name, outcome)
+        measured[name] = _measured(context, forget, scored, name, outcome, losses)
     results: dict[str, Any] = {}
     for name in context.config.unlearn.operations:
         folder = _folder(context, forget, name)
@@ -139,14 +148,25 @@ def _tokenizer_domains(context: Context) -> list[str]:
     return sorted(context.data.manifest["tokenizer"]["trained_on"])
 
 
-def _measured(context: Context, forget: str, name: str, outcome: Outcome) -> Measured:
-    """Row scores of an operation's system, from its rows.parquet if nothing has changed."""
+def _measured(
+    context: Context,
+    forget: str,
+    scored: ScoredRows,
+    name: str,
+    outcome: Outcome,
+    losses: dict[str, Losses],
+) -> Measured:
+    """Row scores of an operation's system, from its rows.parquet if nothing has changed.
+
+    losses: those of routers already measured, by their content hash; this one's are added.
+    """
     folder = _folder(context, forget, name)
     key = digest(
         {
             "schema": SCHEMA,
             "system": outcome.identity(),
-            "rows": [[*k, rows.hash()] for k, rows in scored_rows(context, forget).items()],
+            "rows": [[*k, rows.hash()] for k, rows in scored.items()],
+            "router_rows": context.data.split_hash(forget, "router"),
             "router": plain(context.config.router),
             "batch_rows": context.config.eval.batch_rows,
             "environment": environment(context.config),
@@ -155,12 +175,16 @@ def _measured(context: Context, forget: str, name: str, outcome: Outcome) -> Mea
     inputs = folder / "inputs.json"
     stored = inputs.is_file() and (folder / "rows.parquet").is_file()
     if stored and read_json(inputs) == {"key": key} and not context.config.overwrite:
-        return _read_measured(context, forget, folder)
+        return _read_measured(context, scored, folder)
     model, hashes = load_system(context, folder / "system")
-    measured = measure(context, forget, model, hashes, outcome.allowed)
+    scores = measure(context, scored, model, hashes, outcome.allowed)
+    embedder = outcome.router / "embedder"
+    embedder_hash = content_hash(embedder) if embedder.is_dir() else ""
+    if embedder_hash not in losses:
+        losses[embedder_hash] = router_losses(context, forget, model)
+    measured = Measured(scores, *losses[embedder_hash])
     inputs.unlink(missing_ok=True)
-    tables = [rows_table(measured.scores.values(), measure="model")]
-    write_rows(folder / "rows.parquet", tables[0])
+    write_rows(folder / "rows.parquet", rows_table(measured.scores.values()))
     _write_router_losses(folder, measured)
     write_json(inputs, {"key": key})
     return measured
@@ -173,7 +197,7 @@ def _write_router_losses(folder: Path, measured: Measured) -> None:
     write_json(folder / "router_losses.json", value)
 
 
-def _read_measured(context: Context, forget: str, folder: Path) -> Measured:
+def _read_measured(context: Context, scored: ScoredRows, folder: Path) -> Measured:
     """Measured from rows.parquet and router_losses.json."""
     table = pq.read_table(folder / "rows.parquet")
     splits, domains = (np.array(table[c].to_pylist()) for c in ("split", "domain"))
@@ -182,7 +206,7 @@ def _read_measured(context: Context, forget: str, folder: Path) -> Measured:
         for c in ("loss_nats", "correct", "tokens", "bytes", "characters", "last_partition")
     }
     scores = {}
-    for (split, domain), rows in scored_rows(context, forget).items():
+    for (split, domain), rows in scored.items():
         here = (splits == split) & (domains == domain)
         values = {c: v[here] for c, v in columns.items()}
         scores[split, domain] = RowScores(

@@ -31,6 +31,8 @@ from tiered.store import seed_of
 from tiered.unlearning.systems import Context
 
 Scores = dict[tuple[str, str], RowScores]  # (split, domain) -> row scores
+ScoredRows = dict[tuple[str, str], Rows]  # (split, domain) -> rows
+Losses = tuple[np.ndarray | None, np.ndarray | None]  # a router's: trained rows, holdout
 
 
 @dataclass
@@ -42,8 +44,8 @@ class Measured:
     router_holdout: np.ndarray | None
 
 
-def scored_rows(context: Context, forget: str) -> dict[tuple[str, str], Rows]:
-    """The rows of a forget domain's protocol: (split, domain) -> rows, in a fixed order."""
+def scored_rows(context: Context, forget: str) -> ScoredRows:
+    """The rows of a forget domain's protocol, in a fixed order."""
     unlearn, data = context.config.unlearn, context.data
     rows = {}
     for domain in (forget, *(d for d in data.domains if d != forget)):
@@ -59,25 +61,22 @@ def scored_rows(context: Context, forget: str) -> dict[tuple[str, str], Rows]:
 
 def measure(
     context: Context,
-    forget: str,
+    scored: ScoredRows,
     model: TieredForCausalLM,
     hashes: dict[int, str],
     allowed: list[int] | None,
-) -> Measured:
+) -> Scores:
     """Row scores of a system under the run's routing scope."""
     config = context.config
     cache = ScoreCache(config.store_dir / "scores", hashes)
     scores = {}
-    for key, rows in scored_rows(context, forget).items():
+    for key, rows in scored.items():
         found, _ = score_domain(config, model, rows, (config.router.scope,), None, allowed, cache)
         scores[key] = found[config.router.scope]
-    members, holdout = _router_losses(context, forget, model)
-    return Measured(scores, members, holdout)
+    return scores
 
 
-def _router_losses(
-    context: Context, forget: str, model: TieredForCausalLM
-) -> tuple[np.ndarray | None, np.ndarray | None]:
+def router_losses(context: Context, forget: str, model: TieredForCausalLM) -> Losses:
     """Mean nats per row of the Level-1 embedder LM: router-split rows of f, holdout rows of f."""
     embedder = model.router.embedder
     if not isinstance(embedder, Level1Embedder):
