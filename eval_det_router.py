@@ -16,7 +16,7 @@ from tiered.partition import make_partition_map
 from tiered.record import start, timed
 from tiered.router import load_models, load_router, run_models, tiered_model
 from tiered.scoring import ScoreCache
-from tiered.store import content_hash, write_json
+from tiered.store import verify, write_json
 
 
 def main(config: Config) -> None:
@@ -27,7 +27,7 @@ def main(config: Config) -> None:
     router = load_router(config.run_dir / "router", "python train_det_router.py CONFIG")
     folders = run_models(config, partitions, data)
     start(config, "eval_det_router")
-    hashes = {k: content_hash(folder) for k, folder in folders.items()}
+    hashes = {k: verify(folder) for k, folder in folders.items()}
     inputs = evaluation_key(config, data, partitions, hashes)
     path = config.run_dir / "eval" / "utility.json"
     result = None if config.overwrite else finished(path, inputs)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -85,8 +86,11 @@ def tiny_project(folder: Path, languages=("hi", "si", "de", "en"), documents: in
         (configs / f"{name}.yaml").write_text(f"base: base.yaml\nname: {name}\n{partition}\n")
 
 
-def start_stages(folder: Path, stages, *arguments) -> subprocess.Popen:
-    """Start scripts in a fresh process whose working folder is `folder`."""
+def start_stages(folder: Path, stages, *arguments, largest_file: int = 0) -> subprocess.Popen:
+    """Start scripts in a fresh process whose working folder is `folder`.
+
+    largest_file: bytes beyond which a write fails, as on a full disk (0: no limit).
+    """
     command = [
         sys.executable,
         str(ROOT / "tests/stages.py"),
@@ -102,7 +106,13 @@ def start_stages(folder: Path, stages, *arguments) -> subprocess.Popen:
         env=environment,
         cwd=folder,
         start_new_session=True,
+        preexec_fn=(lambda: limit_files(largest_file)) if largest_file else None,
     )
+
+
+def limit_files(size: int) -> None:
+    """Make writes beyond `size` bytes of a file fail (Python ignores the signal that comes)."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def run_stages(folder: Path, stages, *arguments) -> str:

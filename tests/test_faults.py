@@ -96,9 +96,9 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, capsys):
     assert checkpoint.newest(tmp_path).name == "checkpoint-00000005"
 
 
-def failing(folder: Path, stages, *arguments: str) -> str:
+def failing(folder: Path, stages, *arguments: str, **limits: int) -> str:
     """The one error line of stages that must end with exit code 2."""
-    process = start_stages(folder, stages, *arguments)
+    process = start_stages(folder, stages, *arguments, **limits)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2, output
     (line,) = [x for x in output.splitlines() if ": error: " in x]
@@ -147,9 +147,27 @@ def test_an_unwritable_folder_is_one_line_and_keeps_what_was_there(uninterrupted
     before = (folder / "runs/n2/eval/utility.json").read_bytes()
     shutil.rmtree(folder / "runs/.store/scores")
     (folder / "runs/.store/scores").write_text("in the way")
-    line = failing(folder, ("eval_det_router",), CONFIG, *WORK)
+    line = failing(folder, ("eval_det_router",), CONFIG, *WORK, "overwrite=true")
     assert "scores" in line
     assert (folder / "runs/n2/eval/utility.json").read_bytes() == before
+
+
+def test_a_full_disk_while_saving_leaves_nothing_half_written(uninterrupted, tmp_path):
+    """Model, then router: one line, no folder under the final name, and the next run is whole."""
+    for name in ("processed", "configs"):
+        shutil.copytree(uninterrupted / name, tmp_path / name)
+    store = tmp_path / "runs/.store"
+    whole = uninterrupted / "runs/n2"
+    size = (whole / "models/0/model.safetensors").stat().st_size
+    work = (*WORK, "training.save_steps=0")
+    for stage, kind in (("run_clm", "models"), ("train_det_router", "embedders")):
+        line = failing(tmp_path, (stage,), CONFIG, *work, largest_file=size // 2)
+        assert "File too large" in line
+        assert [p for p in (store / kind).rglob("*") if p.is_file()] == []
+    run_stages(tmp_path, ("run_clm",), CONFIG, *work)
+    for k in ("0", "1"):
+        found = tree_hashes(tmp_path / "runs/n2/models" / k)
+        assert found == tree_hashes(whole / "models" / k)
 
 
 def test_published_folders_verify(uninterrupted):

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from tiered import store
 from tiered.store import (
     UserError,
     atomic_folder,
@@ -110,3 +111,18 @@ def test_digest_ignores_key_order_and_seeds_follow_their_parts():
 def test_write_text_creates_folders(tmp_path):
     write_text(tmp_path / "a" / "b.txt", "x")
     assert (tmp_path / "a" / "b.txt").read_text() == "x"
+
+
+def test_code_hash_sees_what_code_does_and_not_how_it_is_written(tmp_path, monkeypatch):
+    (tmp_path / "package").mkdir()
+    monkeypatch.setattr(store, "__file__", str(tmp_path / "package/store.py"))
+
+    def hashed(text: str) -> str:
+        (tmp_path / "a.py").write_text(text)
+        store.code_hash.cache_clear()
+        return store.code_hash("a.py")
+
+    first = hashed('"""Doc."""\ndef f(x):\n    """Doc."""\n    return x + 1  # why\n')
+    assert first == hashed("def f( x ):\n\n    return (x+1)\n")
+    assert first != hashed("def f(x):\n    return x + 2\n")
+    store.code_hash.cache_clear()

@@ -33,6 +33,7 @@ from tiered.domains import script_share
 from tiered.store import (
     UserError,
     atomic_folder,
+    code_hash,
     digest,
     file_hash,
     is_complete,
@@ -407,7 +408,8 @@ def drop_near_duplicates(
 
 def clean_key(config: Config) -> str:
     """Name of the folder of cleaned text: the hash of what decides it."""
-    return digest({name: plain(getattr(config.data, name)) for name in CLEAN_FIELDS})
+    fields = {name: plain(getattr(config.data, name)) for name in CLEAN_FIELDS}
+    return digest([fields, code_hash("tiered/cleaning.py", "tiered/domains.py")])
 
 
 def clean_folder(config: Config, domain: str) -> Path:

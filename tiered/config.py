@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
+from safetensors import SafetensorError
 
 from tiered.domains import CODES
 from tiered.store import UserError
@@ -657,7 +658,8 @@ def run_script(
             prepare(configs)
         for config in configs:
             main(config)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, SafetensorError) as error:
+        # a full disk is an OSError, under safetensors its own error
         text = str(error) or type(error).__name__
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(text.split())}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -18,6 +18,7 @@ import pyarrow as pa
 from tiered.config import Config, plain
 from tiered.store import (
     UserError,
+    code_hash,
     digest,
     file_hash,
     is_complete,
@@ -27,6 +28,9 @@ from tiered.store import (
 
 # Fields that say which domains are processed, how fast, or where to; none changes a domain's data.
 UNKEYED = ("domains", "exclude_domains", "num_proc", "processed_dir", "separate_documents")
+PROCESSING_CODE = tuple(
+    f"tiered/{name}.py" for name in ("cleaning", "domains", "processing", "tokenization")
+)
 # What a tokenizer folder may consist of; a model checkpoint beside it is not hashed.
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
@@ -52,7 +56,8 @@ def tokenizer_part(config: Config) -> dict[str, Any]:
 def key_parts(config: Config) -> dict[str, Any]:
     """Every setting that can change the processed data of a domain, as JSON-ready mappings."""
     data = {k: v for k, v in plain(config.data).items() if k not in UNKEYED}
-    return {"data": data, "tokenizer": tokenizer_part(config)}
+    code = code_hash(*PROCESSING_CODE)
+    return {"data": data, "tokenizer": tokenizer_part(config), "code": code}
 
 
 def processed_key(config: Config) -> str:

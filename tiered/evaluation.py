@@ -19,9 +19,9 @@ from tiered.data import ProcessedData, Rows, unigram_log_probs
 from tiered.metrics import UNDEFINED, bits_per_byte, maximal_nmi, partition_nmi
 from tiered.modeling_tiered import TieredForCausalLM, assign
 from tiered.partition import PartitionMap
-from tiered.record import environment
+from tiered.record import SCORING_CODE, environment
 from tiered.scoring import ScoreCache, TokenScores, score_rows
-from tiered.store import content_hash, digest, read_json
+from tiered.store import code_hash, content_hash, digest, read_json
 
 SCHEMA = 2
 MAX_UNK_SHARE = 0.01  # rows above it print `undefined`: [UNK] hides the text it replaces
@@ -195,6 +195,7 @@ def evaluation_key(
             },
             "eval": plain(config.eval),
             "environment": environment(config),
+            "code": code_hash(*SCORING_CODE),
         }
     )
 

@@ -18,8 +18,16 @@ import yaml
 from transformers.utils.logging import disable_progress_bar
 
 from tiered.config import Config, plain
-from tiered.store import TIMINGS, read_json, write_json, write_text
+from tiered.store import TIMINGS, code_hash, read_json, write_json, write_text
 
+# What decides a trained model besides its config and data; what scores it.
+TRAINING_CODE = (
+    "modeling_monet.py",
+    *(f"tiered/{name}.py" for name in ("modeling_tiered", "training", "data", "partition")),
+)
+SCORING_CODE = tuple(
+    f"tiered/{name}.py" for name in ("scoring", "evaluation", "metrics", "unlearning/protocol")
+)
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
 
 
@@ -38,13 +46,14 @@ def device_of(config: Config) -> torch.device:
 
 
 def environment(config: Config) -> dict[str, Any]:
-    """What bit-exactness depends on besides inputs; part of every artefact's hash."""
+    """What a result depends on besides its inputs; part of every artefact's hash."""
     return {
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": config.threads or os.cpu_count(),
         "device": device_of(config).type,
+        "code": code_hash(*TRAINING_CODE),
     }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from tiered.config import Config, plain
 from tiered.data import ProcessedData
@@ -240,6 +241,7 @@ def load_router(folder: Path, command: str) -> tuple[Level1Router, list[str | No
     if not is_complete(folder):
         raise UserError(f"{folder}: no router here yet; run: {command}")
     verify(folder)
+    disable_progress_bar()  # of transformers: one flash per model says nothing
     meta = read_json(folder / "router.json")
     tensors = load_file(folder / "centroids.safetensors")
     config = Level1Config.from_pretrained(folder)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from tiered.modeling_tiered import PrefixGroup, TieredForCausalLM, needed_positions, prefix_groups
-from tiered.store import digest
+from tiered.store import code_hash, digest
 
 
 @dataclass
@@ -42,7 +42,7 @@ class ScoreCache:
     def path(self, k: int, prefixes: torch.Tensor, batch_rows: int) -> Path:
         """File of one group."""
         ids = hashlib.sha256(prefixes.contiguous().numpy().tobytes()).hexdigest()
-        name = digest([ids, list(prefixes.shape), batch_rows])
+        name = digest([ids, list(prefixes.shape), batch_rows, code_hash("tiered/scoring.py")])
         return self.folder / self.model_hashes[k] / f"{name}.safetensors"
 
 

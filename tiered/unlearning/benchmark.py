@@ -12,11 +12,12 @@ from tiered.config import Config, plain
 from tiered.data import ProcessedData
 from tiered.evaluation import RowScores, rows_table, write_rows
 from tiered.partition import make_partition_map
-from tiered.record import environment, peak_memory_bytes
+from tiered.record import SCORING_CODE, environment, peak_memory_bytes
 from tiered.router import load_router, missing_embedder, run_models
 from tiered.store import (
     TIMINGS,
     UserError,
+    code_hash,
     content_hash,
     digest,
     read_json,
@@ -170,6 +171,7 @@ def _measured(
             "router": plain(context.config.router),
             "batch_rows": context.config.eval.batch_rows,
             "environment": environment(context.config),
+            "code": code_hash(*SCORING_CODE),
         }
     )
     inputs = folder / "inputs.json"
