@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
+from modeling_monet import MonetConfig, MonetForCausalLM
 from tiered import checkpoint
 from tiered.config import Config, DataConfig, PartitionConfig, TrainingConfig
 from tiered.partition import make_partition_map
 from tiered.store import UserError
-from tiered.training import OrderedBlocks, batch_rows, training_arguments
+from tiered.training import Fit, OrderedBlocks, batch_rows, fit, training_arguments
 
 BLOCKS = np.arange(40).reshape(10, 4)
 
@@ -132,3 +133,30 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 def test_defaults_cover_all_sixteen_languages():
     assert len(DataConfig().domains) == 16
+
+
+def test_trackers_get_one_run_per_model_and_keep_it(tmp_path, monkeypatch):
+    """wandb offline without a key, tensorboard in the run folder; neither goes with the
+    checkpoints, neither changes what is trained."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_MODE", "WANDB_PROJECT"):
+        monkeypatch.setenv(name, "x")  # so that what training sets is taken back
+        monkeypatch.delenv(name)
+    sizes = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"moe_experts": 4, "moe_topk": 2, "moe_heads": 1, "moe_dim": 4}
+    weights = []
+    for report_to in (("tensorboard", "wandb"), ()):
+        section = TrainingConfig(report_to=report_to, logging_steps=1)
+        made = Config(name="x", device="cpu", threads=1, training=section)
+        for k in (0, 1):
+            arguments = training_arguments(made, 1.0)
+            job = Fit(tmp_path / f"{len(report_to)}{k}", f"x partition {k} [hi]", k, arguments, 2.0)
+            build = lambda: MonetForCausalLM(MonetConfig(**sizes))  # noqa: E731
+            fit(made, job, build, BLOCKS, lambda model, path: {})
+            weights.append((job.folder / "model.safetensors").read_bytes())
+    assert weights[:2] == weights[2:]
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 2
+    logs = sorted(tmp_path.glob("runs/x/tensorboard/*/events.out.tfevents.*"))
+    assert sorted({p.parent.name for p in logs}) == ["x-partition-0-hi", "x-partition-1-hi"]
+    assert all(p.stat().st_size > 200 for p in logs)

@@ -536,7 +536,8 @@ def main() -> None:
         raise SystemExit(f"tiered.report: error: {error}") from None
     print((output / "tables" / "utility__macro_over_domains.md").read_text())
     for path in sorted((output / "tables").glob("unlearning_*.md")):
-        print(f"{path.stem}\n{_narrow(path.read_text())}")
+        print(f"{path.stem}\n\n{_narrow(path.read_text())}\n")
+    print("floors\n")
     print((output / "tables" / "floors.md").read_text())
     print(f"page: {page}\nplot: {output / 'plots' / 'tradeoff.png'}")
 

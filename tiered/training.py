@@ -8,6 +8,7 @@ other's data, on the order of training, or on how often the run was killed.
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -185,6 +186,7 @@ def fit(
     trainer.begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = trainer.seconds_before + time.perf_counter() - trainer.begin
+    _finish_trackers(config)
     if not trainer.args.should_save:
         return
     model = trainer.model.to("cpu").eval()
@@ -211,15 +213,15 @@ def _make_trainer(
     config: Config, job: Fit, model: PreTrainedModel, blocks: np.ndarray
 ) -> ResumableTrainer:
     save_steps = config.training.save_steps
+    trackers, callbacks = _trackers(config, job)
     arguments = {
         "save_strategy": "steps" if save_steps else "no",
         "save_steps": save_steps or 500,
-        "report_to": list(config.training.report_to) or "none",
+        "report_to": trackers or "none",
         "ddp_broadcast_buffers": False,
         "dataloader_pin_memory": device_of(config).type == "cuda",
         **job.arguments,
     }
-    _prepare_trackers(config)
     try:
         training_arguments = TrainingArguments(
             output_dir=str(job.checkpoints),
@@ -240,7 +242,7 @@ def _make_trainer(
         model=model,
         args=training_arguments,
         train_dataset=OrderedBlocks(blocks, job.epochs, job.seed, job.separator),
-        callbacks=[ProgressBar(job.label)],
+        callbacks=[ProgressBar(job.label), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -248,10 +250,33 @@ def _make_trainer(
     return trainer
 
 
-def _prepare_trackers(config: Config) -> None:
-    """wandb without a key records offline (`wandb sync` later) instead of asking."""
-    if "wandb" in config.training.report_to and not os.environ.get("WANDB_API_KEY"):
-        os.environ.setdefault("WANDB_MODE", "offline")
+def _trackers(config: Config, job: Fit) -> tuple[list[str], list[TrainerCallback]]:
+    """Trackers that the Trainer sets up by name, and those made here: one run per model.
+
+    wandb without a key records offline (`wandb sync` later) instead of asking. TensorBoard's logs
+    stand in the run folder: the Trainer would write them beside the checkpoints, which go.
+    """
+    names, callbacks = list(config.training.report_to), []
+    if "wandb" in names:
+        os.environ.setdefault("WANDB_PROJECT", "tiered-routing")
+        if not os.environ.get("WANDB_API_KEY"):
+            os.environ.setdefault("WANDB_MODE", "offline")
+    if "tensorboard" in names:
+        from torch.utils.tensorboard import SummaryWriter  # a second to import
+        from transformers.integrations import TensorBoardCallback
+
+        names.remove("tensorboard")
+        folder = config.run_dir / "tensorboard" / "-".join(re.findall(r"[\w.]+", job.label))
+        if os.environ.get("RANK", "0") == "0":
+            callbacks.append(TensorBoardCallback(SummaryWriter(str(folder))))
+    return names, callbacks
+
+
+def _finish_trackers(config: Config) -> None:
+    if "wandb" in config.training.report_to:
+        import wandb  # the next model of this process gets a run of its own
+
+        wandb.finish()
 
 
 def batch_rows(config: Config, share: float) -> int:
