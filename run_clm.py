@@ -26,6 +26,7 @@ def prepare(configs: list[Config]) -> None:
     """With training.num_proc above 1: train the models of all experiments, several at a time."""
     for config in configs:
         make_partition_map(config)
+        ProcessedData(config)
         start(config, "run_clm")
     train_at_once(configs, lambda config: missing_models(config, wanted(config)))
 

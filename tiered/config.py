@@ -7,6 +7,7 @@
 * A default lives in one place, the dataclass field below, beside its meaning and unit.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -622,7 +623,8 @@ def help_text(doc: str) -> str:
 def parse_arguments(arguments: list[str], doc: str) -> list[Config]:
     """Configs of a command line; prints help and exits 0 for --help."""
     if not arguments or "--help" in arguments or "-h" in arguments:
-        print(help_text(doc))
+        with contextlib.suppress(BrokenPipeError):  # `--help | head`: the reader has left
+            print(help_text(doc), flush=True)
         raise SystemExit(0 if arguments else 2)
     paths = [a for a in arguments if a.endswith((".yaml", ".yml")) and "=" not in a]
     overrides = tuple(a for a in arguments if a not in paths)

@@ -12,6 +12,7 @@ import base64
 import csv
 import html
 import io
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -533,7 +534,8 @@ def main() -> None:
     try:
         page = build(arguments.runs, output)
     except (UserError, OSError) as error:
-        raise SystemExit(f"tiered.report: error: {error}") from None
+        print(f"tiered.report: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     print((output / "tables" / "utility__macro_over_domains.md").read_text())
     for path in sorted((output / "tables").glob("unlearning_*.md")):
         print(f"{path.stem}\n\n{_narrow(path.read_text())}\n")
