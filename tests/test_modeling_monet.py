@@ -442,6 +442,22 @@ def test_tiled_loss_equals_cross_entropy_on_all_logits(dtype, monkeypatch):
             assert (a.double() - b.double()).abs().max() <= bound * a.double().abs().max()
 
 
+def test_tiled_loss_under_autocast_keeps_sums_and_gradients_in_float32():
+    torch.manual_seed(0)
+    states, weight = torch.randn(50, 16), torch.randn(V, 16)
+    targets, results = torch.randint(V, (50,)), []
+    for narrow in (False, True):
+        x, w = (t.clone().requires_grad_() for t in (states, weight))
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            loss = LinearCrossEntropy.apply(x, w, targets, torch.tensor(50.0))
+        loss.backward()
+        assert loss.dtype == x.grad.dtype == w.grad.dtype == torch.float32
+        results.append((loss.detach(), x.grad, w.grad))
+    for a, b in zip(*results, strict=True):
+        difference = (a - b).abs().max() / a.abs().max()
+        assert 0 < difference < 2e-2  # bfloat16 products were used, with 8 bits each
+
+
 def test_training_without_logits_equals_training_with_them():
     """Loss and every gradient are the plain path's, num_items_in_batch included; in float64, since
     in float32 both paths are further from float64 (up to 3e-6) than from one another."""

@@ -3,12 +3,14 @@
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from typing import Any
 
 from tqdm import tqdm
+
+from tiered.store import UserError
 
 # A function and its arguments.
 Call = tuple[Callable[..., Any], *tuple[Any, ...]]
@@ -41,7 +43,10 @@ def in_worker() -> bool:
 
 
 def run_all(calls: list[Call], pool: Executor | None, label: str, unit: str) -> None:
-    """Run calls, in the pool's processes if there is one; the first error ends it."""
+    """Run calls, in the pool's processes if there is one; the first error ends it.
+
+    Raises UserError if a worker dies (killed, out of memory).
+    """
     with tqdm(total=len(calls), desc=label, unit=unit, disable=None) as bar:
         if pool is None:
             for function, *arguments in calls:
@@ -53,6 +58,10 @@ def run_all(calls: list[Call], pool: Executor | None, label: str, unit: str) -> 
             for future in as_completed(futures):
                 future.result()
                 bar.update()
+        except BrokenExecutor:
+            raise UserError(
+                f"{label}: a worker process died (out of memory?); finished work is kept, run again"
+            ) from None
         finally:
             for future in futures:
                 future.cancel()
