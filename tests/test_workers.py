@@ -19,7 +19,7 @@ def test_every_call_is_made_once(count, tmp_path):
 
 
 def test_a_user_error_in_a_worker_and_a_dead_worker_are_user_errors(tmp_path):
-    with processes(2) as pool, pytest.raises(UserError, match="nowhere.json: file is missing"):
+    with processes(2) as pool, pytest.raises(UserError, match=r"nowhere\.json: file is missing"):
         run_all([(read_json, tmp_path / "nowhere.json")] * 3, pool, "read", "file")
     with processes(2) as pool, pytest.raises(UserError, match="a worker process died"):
         run_all([(os._exit, 1)], pool, "exit", "call")
