@@ -27,6 +27,7 @@ def main(config: Config) -> None:
     router = load_router(config.run_dir / "router", "python train_det_router.py CONFIG")
     folders = run_models(config, partitions, data)
     start(config, "eval_det_router")
+    # nothing is scored again where a finished evaluation had the same inputs
     hashes = {k: verify(folder) for k, folder in folders.items()}
     inputs = evaluation_key(config, data, partitions, hashes)
     path = config.run_dir / "eval" / "utility.json"

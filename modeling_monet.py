@@ -664,7 +664,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, len(x), rows):
             part, target = x[i : i + rows], targets[i : i + rows]
             kept, target = (target != -100)[:, None], target.clamp(min=0)
-            tiles, largest, totals = [], [], []
+            tiles, largest, totals = [], [], []  # per tile (rows, columns), (rows, 1), (rows, 1)
             stretches = buffer[: len(part) * len(w)].split(len(part) * len(words[0]))
             for word, stretch in zip(words, stretches, strict=True):
                 # exp(logits - the row's largest of this tile), and its sum

@@ -23,7 +23,8 @@ from tiered.store import TIMINGS, code_hash, read_json, write_json, write_text
 # What decides a trained model besides its config and data; what scores it.
 TRAINING_CODE = (
     "modeling_monet.py",
-    *(f"tiered/{name}.py" for name in ("modeling_tiered", "training", "data", "partition")),
+    *(f"tiered/{name}.py" for name in ("data", "methods", "modeling_tiered", "partition")),
+    *(f"tiered/{name}.py" for name in ("router", "training")),
 )
 SCORING_CODE = tuple(
     f"tiered/{name}.py" for name in ("scoring", "evaluation", "metrics", "unlearning/protocol")
