@@ -11,11 +11,10 @@ from tqdm import tqdm
 
 from tiered.config import Config, run_script
 from tiered.data import ProcessedData
-from tiered.evaluation import evaluate, evaluation_key, finished, write_rows
+from tiered.evaluation import evaluate, evaluation_key, finished, score_cache, write_rows
 from tiered.partition import make_partition_map
 from tiered.record import start, timed
-from tiered.router import load_models, load_router, run_models, tiered_model
-from tiered.scoring import ScoreCache
+from tiered.router import check_router, load_models, load_router, run_models, tiered_model
 from tiered.store import verify, write_json
 
 
@@ -25,6 +24,7 @@ def main(config: Config) -> None:
     partitions = make_partition_map(config)
     data = ProcessedData(config)
     router = load_router(config.run_dir / "router", "python train_det_router.py CONFIG")
+    check_router(config, data, partitions)
     folders = run_models(config, partitions, data)
     start(config, "eval_det_router")
     # nothing is scored again where a finished evaluation had the same inputs
@@ -36,7 +36,7 @@ def main(config: Config) -> None:
         with timed(config, "eval_det_router"):
             # 2. one model of all parts
             model = tiered_model(config, partitions, router, load_models(folders))
-            cache = ScoreCache(config.store_dir / "scores", hashes)
+            cache = score_cache(config, hashes)
             # 3. scores of every domain, routed partitions only
             bar = tqdm(data.domains, desc=f"{config.name} evaluation", unit="domain", disable=None)
             result, table = evaluate(config, data, partitions, model, cache, lambda _: bar)
@@ -47,9 +47,10 @@ def main(config: Config) -> None:
     # 5. what a reader wants to see at once
     for scope, figures in result["macro"].items():
         if isinstance(figures, dict):
+            gain = figures["gain_over_unigram"]
             print(
                 f"{config.name} {scope}: {figures['bpb']:.3f} bits per byte,"
-                f" {figures['gain_over_unigram']:.1%} below the unigram,"
+                f" {abs(gain):.1%} {'below' if gain >= 0 else 'above'} the unigram,"
                 f" accuracy {figures['accuracy']:.3f}"
             )
     print(f"{config.name} routing accuracy: {result['routing']['sample_accuracy']}")

@@ -665,10 +665,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             part, target = x[i : i + rows], targets[i : i + rows]
             kept, target = (target != -100)[:, None], target.clamp(min=0)
             tiles, largest, totals = [], [], []  # per tile (rows, columns), (rows, 1), (rows, 1)
+            chosen = nats.new_zeros(len(part), 1)
             stretches = buffer[: len(part) * len(w)].split(len(part) * len(words[0]))
-            for word, stretch in zip(words, stretches, strict=True):
+            for j, (word, stretch) in enumerate(zip(words, stretches, strict=True)):
                 # exp(logits - the row's largest of this tile), and its sum
                 tile = set_product(stretch.view(len(part), len(word)), part, word.T)
+                column = (target - j * len(words[0]))[:, None]
+                here = (column >= 0) & (column < len(word))
+                found = tile.gather(1, column.clamp(0, len(word) - 1))
+                chosen += found.masked_fill_(~here, 0.0)
                 largest.append(tile.amax(-1, keepdim=True))
                 tiles.append(tile.sub_(largest[-1]).exp_())
                 totals.append(tile.sum(-1, keepdim=True))
@@ -676,7 +681,6 @@ class LinearCrossEntropy(torch.autograd.Function):
             most = scales.amax(0)
             scales = (scales - most).exp_()
             total = (scales * torch.stack(totals)).sum(0)
-            chosen = (part.to(wide) * w[target].to(wide)).sum(-1, keepdim=True)
             nats += (total.log() + most - chosen).masked_fill(~kept, 0.0).sum()
             if learns:  # d nats / d logits = softmax - one-hot
                 share = kept.to(wide) / divisor

@@ -7,6 +7,7 @@ Writes  runs/<experiment>/models/<k>/ (links into runs/.store/models), provenanc
     python run_clm.py configs/c4/n16.yaml partition.index=3 training.bf16=true   # one GPU
 """
 
+import shutil
 from collections.abc import Iterable
 
 from tiered.config import Config, run_script
@@ -14,7 +15,12 @@ from tiered.data import ProcessedData
 from tiered.partition import make_partition_map
 from tiered.record import note_provenance, start, timed
 from tiered.store import link_if_changed, read_json
-from tiered.training import missing_models, train_at_once, train_partition
+from tiered.training import (
+    forget_other_partitions,
+    missing_models,
+    train_at_once,
+    train_partition,
+)
 
 
 def wanted(config: Config) -> Iterable[int]:
@@ -38,11 +44,13 @@ def main(config: Config) -> None:
     # 2. processed data
     data = ProcessedData(config)
     start(config, "run_clm")
+    forget_other_partitions(config)
     for k in wanted(config):
         # 3. train partition k, or take it from the store if its inputs are unchanged
         with timed(config, f"run_clm/{k}"):
             folder = train_partition(config, data, partitions, k)
         if folder is None:
+            shutil.rmtree(config.run_dir / "models" / str(k), ignore_errors=True)
             print(f"{config.name} partition {k}: no data (its domains are excluded), no model")
             continue
         # 4. link it into the run folder

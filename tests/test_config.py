@@ -1,6 +1,7 @@
 """The config grammar: inheritance, overrides, types, and one clear line for every mistake."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,21 @@ def test_several_bases_merge_in_order(tmp_path):
     write(tmp_path / "b.yaml", "seed: 2\n")
     config = load(write(tmp_path / "c.yaml", "base: [a.yaml, b.yaml]\nname: c\n"))
     assert (config.seed, config.threads) == (2, 1)
+
+
+def test_an_empty_map_empties_the_base_and_an_empty_section_or_base_changes_nothing(tmp_path):
+    write(tmp_path / "a.yaml", "data: {repeats: {4: 2}, block_size: 64}\n")
+    config = load(write(tmp_path / "b.yaml", "base: a.yaml\nname: b\ndata: {repeats: {}}\n"))
+    assert config.data.repeats == {} and config.data.block_size == 64
+    config = load(write(tmp_path / "c.yaml", "base: a.yaml\nname: c\ndata: {}\n"))
+    assert config.data.repeats == {4: 2}
+    assert load(write(tmp_path / "d.yaml", "base:\nname: d\n")).name == "d"
+
+
+def test_a_key_that_stands_twice_is_an_error(tmp_path):
+    path = write(tmp_path / "a.yaml", "name: a\ndata: {}\nseed: 1\ndata: {block_size: 64}\n")
+    with pytest.raises(UserError, match="key `data` stands twice, line 4"):
+        load(path)
 
 
 def test_cycles_and_deep_chains_are_errors(tmp_path):
@@ -105,6 +121,12 @@ def test_tokens_per_domain_is_a_number_or_a_map(tmp_path):
         ("data.domains=hi,hi", r"data.domains: names must be given, each once"),
         ("data.split_shares={train: 100}", r"data.split_shares: needs exactly the splits"),
         ("data.repeats={1: 5}", r"data.repeats: 1 must be at least 2"),
+        ("data.repeats={4: -5}", r"data.repeats: 4 .*of at least 0 rows \(found -5\)"),
+        ("unlearn.forget=hi,hi", r"unlearn.forget: each name once, found hi, hi"),
+        ("eval.scopes=", r"eval.scopes: 'token' \(router.scope\) must be among them, found none"),
+        ("eval.scopes=oracle", r"eval.scopes: 'token' \(router.scope\) must be among them"),
+        ("training.eval_strategy=steps", r"training.eval_strategy is not set here"),
+        ("training.num_train_epochs=0", r"training.num_train_epochs: 0.0 is out of range"),
     ],
 )
 def test_every_mistake_is_one_line_with_key_and_allowed_values(tmp_path, override, message):
@@ -119,6 +141,12 @@ def test_shares_must_sum_to_100(tmp_path):
     path = write(tmp_path / "a.yaml", f"name: a\ndata: {{split_shares: {shares}}}\n")
     with pytest.raises(UserError, match="sum to 100, found 101"):
         load(path)
+    messages = {"router": "the bpe tokenizer is trained on split", "train": "train must be above"}
+    for empty, message in messages.items():
+        shares = dict.fromkeys(("train", "test", "router", "holdout"), 25)
+        shares |= {"validation": 0, "calibration": 25, empty: 0}
+        with pytest.raises(UserError, match=message):
+            load(path, (f"data.split_shares={json.dumps(shares)}",))
 
 
 def test_unknown_key_in_a_base_names_the_file_that_has_it(tmp_path):

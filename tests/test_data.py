@@ -88,7 +88,6 @@ def test_blocks_are_the_concatenated_documents(data, columns, split):
     keep = np.random.default_rng(0).random(len(documents)) < 0.4
     kept = [d for d, k in zip(documents, keep, strict=True) if k]
     assert data.blocks("zh", split, keep).tolist() == brute_blocks(kept)
-    assert data.blocks("zh", split, keep, 3 * T).tolist() == brute_blocks(kept, 3 * T)
     assert data.blocks("zh", split, np.zeros(len(documents), bool)).shape == (0, T)
 
 
@@ -205,6 +204,27 @@ def test_packed_documents_are_those_whose_row_is_in_the_blocks(data):
         < len(rows.document_ids)
         == (found & (data._lengths("en", "router") > data.block_size)).sum()
     )
+
+
+def test_a_token_limit_is_of_the_domain_not_of_each_partition(data):
+    """Maps by document take no more of a domain than maps by domain do."""
+    ids = data.document_ids("en", "router")
+    halves = np.arange(len(ids)) % 2
+    limit = 500
+    lengths = data._lengths("en", "router")
+    (inside,) = np.where(np.cumsum(lengths) - lengths < limit)
+    assert 1 < len(inside) < len(ids)
+    stream = data.blocks("en", "router").ravel()[:limit]
+    owner = np.repeat(np.arange(len(ids)), lengths)[:limit]
+    for k in (0, 1):
+        found = data.blocks("en", "router", halves == k, limit).ravel()
+        expected = stream[halves[owner] == k]
+        whole = len(expected) // data.block_size * data.block_size
+        assert found.tolist() == expected[:whole].tolist()
+        rows = data.rows("en", "router", only=data.packed("en", "router", halves, limit))
+        for row, name in zip(rows.input_ids, rows.document_ids, strict=True):
+            if halves[ids.index(name)] == k:
+                assert row.astype("<i4").tobytes() in found.astype("<i4").tobytes()
 
 
 def test_unk_share_is_the_share_of_unknown_tokens_of_a_row(data, monkeypatch):

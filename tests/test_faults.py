@@ -19,9 +19,9 @@ WORK = ("training.num_train_epochs=4", "training.save_steps=5", "router.num_trai
 CONFIG = "configs/n2.yaml"
 
 
-def kill_when(folder: Path, stage: str, under_way: Callable[[], bool]) -> None:
+def kill_when(folder: Path, stage: str, under_way: Callable[[], bool], *more: str) -> None:
     """Start a stage, wait until it is demonstrably at work, and kill -9 its whole group."""
-    process = start_stages(folder, (stage,), CONFIG, *WORK)
+    process = start_stages(folder, (stage,), CONFIG, *WORK, *more)
     deadline = time.monotonic() + 240
     while not under_way():
         assert process.poll() is None, process.stdout.read()
@@ -65,9 +65,11 @@ def test_a_kill_in_every_stage_changes_no_result(uninterrupted, tmp_path):
         ),
     }
     for stage, (under_way, finished) in cases.items():
-        kill_when(tmp_path, stage, under_way)
+        # worker processes are killed and resumed as well
+        more = ("training.num_proc=2",) if stage == "run_clm" else ()
+        kill_when(tmp_path, stage, under_way, *more)
         assert under_way() and not finished(), f"{stage}: killed too late to prove anything"
-        output = run_stages(tmp_path, (stage,), CONFIG, *WORK)
+        output = run_stages(tmp_path, (stage,), CONFIG, *WORK, *more)
         assert finished(), output
         if stage in ("train_det_router", "run_clm", "unlearn_benchmarks"):
             assert "resuming from step" in output, output
@@ -113,7 +115,7 @@ def test_stages_out_of_order_say_which_command_to_run(uninterrupted, tmp_path):
     line = failing(tmp_path, ("eval_det_router",), CONFIG)
     assert "python train_det_router.py CONFIG" in line
     shutil.copytree(uninterrupted / "runs/n2/router", tmp_path / "runs/n2/router")
-    line = failing(tmp_path, ("unlearn_benchmarks",), CONFIG)
+    line = failing(tmp_path, ("unlearn_benchmarks",), CONFIG, *WORK)
     assert "python run_clm.py CONFIG partition.index=0" in line
     assert not (tmp_path / "runs/n2/models").exists()
 
@@ -128,6 +130,29 @@ def test_a_damaged_model_is_refused_and_named(uninterrupted, tmp_path):
     path.write_bytes(bytes(content))
     line = failing(folder, ("eval_det_router",), CONFIG, *WORK)
     assert "models/1/model.safetensors: changed since it was written" in line
+
+
+def test_what_another_config_made_is_not_scored(uninterrupted, tmp_path):
+    """Each changed section names the stage to run again; nothing in the folder is touched."""
+    folder = tmp_path / "copy"
+    shutil.copytree(uninterrupted, folder)
+    before = tree_hashes(folder / "runs/n2")
+    line = failing(folder, ("eval_det_router",), CONFIG, *WORK, "router.learning_rate=1e-3")
+    assert "runs/n2/router: made from another config" in line and "train_det_router.py" in line
+    line = failing(folder, ("unlearn_benchmarks",), CONFIG, *WORK, "training.learning_rate=1e-3")
+    assert "runs/n2/models/0: trained from another config" in line
+    assert "python run_clm.py CONFIG partition.index=0" in line
+    assert tree_hashes(folder / "runs/n2") == before
+
+
+def test_a_diverged_model_is_one_line_and_never_published(uninterrupted, tmp_path):
+    for name in ("processed", "configs"):
+        shutil.copytree(uninterrupted / name, tmp_path / name)
+    hot = ("training.learning_rate=1e30", "training.max_grad_norm=1e30")
+    line = failing(tmp_path, ("run_clm",), CONFIG, *hot)
+    assert "n2 partition 0" in line and "the training loss is nan at step" in line
+    assert not (tmp_path / "runs/n2/models").exists()
+    assert not [p for p in tmp_path.glob("runs/.store/models/*/model.safetensors")]
 
 
 def test_a_vocabulary_beyond_the_embedding_is_refused(uninterrupted, tmp_path):

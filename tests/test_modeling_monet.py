@@ -458,6 +458,21 @@ def test_tiled_loss_under_autocast_keeps_sums_and_gradients_in_float32():
         assert 0 < difference < 2e-2  # bfloat16 products were used, with 8 bits each
 
 
+def test_a_sure_prediction_costs_no_less_than_nothing_in_bfloat16():
+    """The target's logit is rounded as its competitors are: nats never fall below zero."""
+    torch.manual_seed(0)
+    states = torch.randn(200, 64) * 8
+    weight, targets = torch.cat([states, torch.randn(700, 64)]), torch.arange(200)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = torch.nn.functional.cross_entropy((states @ weight.T).float(), targets)
+        for i in range(200):
+            row, target = states[i : i + 1], targets[i : i + 1]
+            nats = LinearCrossEntropy.apply(row, weight, target, torch.tensor(1.0))
+            assert nats >= 0
+        nats = LinearCrossEntropy.apply(states, weight, targets, torch.tensor(200.0))
+    assert nats.item() == pytest.approx(plain.item(), abs=1e-6)
+
+
 def test_training_without_logits_equals_training_with_them():
     """Loss and every gradient are the plain path's, num_items_in_batch included; in float64, since
     in float32 both paths are further from float64 (up to 3e-6) than from one another."""

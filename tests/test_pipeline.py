@@ -1,14 +1,23 @@
 """The pipeline from raw text to report on a tiny profile, in a subprocess, with real stages."""
 
 import json
+import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from tests.conftest import STAGES, TINY_EXPERIMENTS, run_stages, tiny_project
-from tiered.store import tree_hashes
+from tiered.config import load
+from tiered.data import ProcessedData, unigram_log_probs
+from tiered.evaluation import assignments, first_position, unigram_bpb
+from tiered.partition import make_partition_map
+from tiered.store import is_complete, tree_hashes
+from tiered.training import model_folder, partition_blocks
 
 OPERATIONS = ("original", "gold", "delete-S0", "delete-S1", "delete-S2", "sisa")
 
@@ -35,6 +44,39 @@ def test_models_are_published_with_records_and_provenance(tiny):
     assert read(tiny / "runs/n4/provenance.json")["model/0"] == ["hi"]
     assert read(tiny / "runs/r2/provenance.json")["model/1"] == ["de", "en", "hi", "si"]
     assert not list((tiny / "runs/.store/models/.checkpoints").glob("*"))
+
+
+def test_the_order_of_a_map_changes_no_block(tiny, monkeypatch):
+    """Maps that agree on a partition's members share its address, so they must share its data."""
+    monkeypatch.chdir(tiny)
+    config = load("configs/n2.yaml")
+    data, partitions = ProcessedData(config), make_partition_map(config)
+    turned = replace(partitions, members=tuple(m[::-1] for m in partitions.members))
+    assert turned.members != partitions.members
+    for k in range(2):
+        found, same = (partition_blocks(data, p, k) for p in (partitions, turned))
+        assert np.array_equal(found[0], same[0]) and found[1] == same[1]
+        folders = [model_folder(config, data, p, k) for p in (partitions, turned)]
+        assert folders[0] == folders[1] and is_complete(folders[0])
+
+
+def test_the_unigram_is_read_on_the_scored_positions(tiny, monkeypatch):
+    """early_positions: skip leaves the same positions out of model and unigram."""
+    monkeypatch.chdir(tiny)
+    config = load("configs/n4.yaml", ("router.early_positions=skip",))
+    data = ProcessedData(config)
+    rows = data.rows("hi", "test", 4)
+    log_probs = unigram_log_probs(data, "hi")
+    first = first_position(config, "sample")
+    assert (first, first_position(config, "token")) == (7, 0)
+    nats = num_bytes = 0
+    for row, widths in zip(rows.input_ids, rows.token_bytes, strict=True):
+        for t in range(8, 32):  # tokens 0..7 decide; token 8 is the first that is predicted
+            nats -= log_probs[row[t]]
+            num_bytes += widths[t]
+    assert unigram_bpb(log_probs, rows, first) == pytest.approx(nats / num_bytes / math.log(2))
+    scores = torch.zeros(4, 31, 4)
+    assert (assignments(scores, ["sample"], config, 0)["sample"][0] == -1).sum() == first
 
 
 def test_constant_steps_shrink_the_batch_and_keep_the_steps(tiny):

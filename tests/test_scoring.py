@@ -89,3 +89,10 @@ def test_cached_scores_are_the_same_bits_and_run_no_model(tmp_path):
     other = ScoreCache(tmp_path, {k: f"other{k}" for k in range(3)})  # another model: no hit
     score_rows(system, rows(), chosen, 4, other)
     assert system.partitions["1"].lengths == [T - 1] * 6
+    # nor for another environment; `renew` scores once more and then reads
+    for more in ({"environment": "gpu"}, {"renew": True}):
+        cache = ScoreCache(tmp_path, {k: f"hash{k}" for k in range(3)}, **more)
+        for expected in ([T - 1] * 6, []):
+            system.partitions["1"].lengths.clear()
+            score_rows(system, rows(), chosen, 4, cache)
+            assert system.partitions["1"].lengths == expected

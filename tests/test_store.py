@@ -11,6 +11,7 @@ from tiered.store import (
     content_hash,
     digest,
     is_complete,
+    link_if_changed,
     link_tree,
     seed_of,
     verify,
@@ -78,6 +79,20 @@ def test_linked_tree_shares_content_and_survives_removal_of_the_source(tmp_path)
     make(source, "two")  # replaced by rename: the link keeps the old content
     assert (tmp_path / "b/sub/a.txt").read_text() == "one"
     assert is_complete(tmp_path / "b") and verify(tmp_path / "b")
+
+
+def test_a_changed_or_damaged_copy_is_linked_anew(tmp_path):
+    source, copy = make(tmp_path / "a"), tmp_path / "b"
+    link_if_changed(source, copy)
+    kept = (copy / "sub").stat().st_ino
+    link_if_changed(source, copy)
+    assert (copy / "sub").stat().st_ino == kept
+    (copy / "sub/a.txt").unlink()
+    (copy / "sub/a.txt").write_text("bad")  # the hash list still says otherwise
+    link_if_changed(source, copy)
+    assert verify(copy) == content_hash(source)
+    link_if_changed(make(source, "two"), copy)
+    assert (copy / "sub/a.txt").read_text() == "two"
 
 
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):

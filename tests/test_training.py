@@ -12,6 +12,7 @@ from modeling_monet import MonetConfig, MonetForCausalLM
 from tiered import checkpoint
 from tiered.config import Config, DataConfig, PartitionConfig, TrainingConfig
 from tiered.partition import make_partition_map
+from tiered.record import device_of, environment
 from tiered.store import UserError
 from tiered.training import Fit, OrderedBlocks, batch_rows, fit, training_arguments
 
@@ -133,6 +134,26 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 def test_defaults_cover_all_sixteen_languages():
     assert len(DataConfig().domains) == 16
+
+
+def test_cuda_is_never_replaced_silently(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of(Config(name="x", device="auto")).type == "cpu"
+    with pytest.raises(UserError, match="device: cuda is asked for"):
+        environment(Config(name="x", device="cuda"))
+
+
+def test_the_number_of_processes_is_part_of_an_address(monkeypatch):
+    first = environment(Config(name="x"))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert environment(Config(name="x")) == {**first, "processes": 4}
+
+
+def test_an_unknown_tracker_is_one_line(tmp_path):
+    made = Config(name="x", device="cpu", training=TrainingConfig(report_to=("foo",)))
+    job = Fit(tmp_path / "m", "x", 0, training_arguments(made, 1.0), 1.0)
+    with pytest.raises(UserError, match="training: foo is not supported"):
+        fit(made, job, lambda: torch.nn.Linear(2, 2), BLOCKS, lambda model, path: {})
 
 
 def test_trackers_get_one_run_per_model_and_keep_it(tmp_path, monkeypatch):

@@ -37,7 +37,12 @@ RESERVED_ARGUMENTS = {
     "use_cpu": "device",
     "resume_from_checkpoint": "(none: the newest complete checkpoint is always resumed)",
     "max_steps": "training.num_train_epochs",
-    "do_train": "(none)",
+    "per_device_eval_batch_size": "eval.batch_rows",
+    **dict.fromkeys(
+        ("eval_strategy", "eval_steps", "eval_on_start", "load_best_model_at_end", "do_train"),
+        "(none: training sees no evaluation data; eval_det_router.py scores the result)",
+    ),
+    "save_strategy": "training.save_steps",
     "do_eval": "(none)",
     "do_predict": "(none)",
     "train_sampling_strategy": "(none: the order is a function of the seed)",
@@ -166,7 +171,7 @@ class RouterConfig:
     hidden_size: int = opt(64, "embedder width", low=2)
     num_hidden_layers: int = opt(1, "embedder layers", low=1)
     num_attention_heads: int = opt(2, "embedder heads", low=1)
-    num_train_epochs: float = opt(1.0, "passes over the router split", low=0)
+    num_train_epochs: float = opt(1.0, "passes over the router split", low=1e-6)
     batch_rows: int = opt(16, "rows per optimizer step", low=1)
     learning_rate: float = opt(1e-2, "peak learning rate of the embedder (AdamW)", low=0)
     tokens_per_domain: int = opt(0, "router-split tokens used per domain; 0: all", low=0)
@@ -219,7 +224,7 @@ class TrainingConfig:
     min_batch_rows: int = opt(1, "floor of the constant_steps batch, rows", low=1)
     per_device_train_batch_size: int = opt(16, "rows per device and micro-batch at n = 1", low=1)
     gradient_accumulation_steps: int = opt(1, "micro-batches per optimizer step", low=1)
-    num_train_epochs: float = opt(1.0, "passes over the partition's blocks", low=0)
+    num_train_epochs: float = opt(1.0, "passes over the partition's blocks", low=1e-6)
     learning_rate: float = opt(4e-3, "peak learning rate", low=0)
     lr_scheduler_type: str = opt("cosine", "learning-rate schedule")
     warmup_steps: float = opt(0.05, "warm-up: steps, or a share of all steps if below 1", low=0)
@@ -246,7 +251,9 @@ class EvalConfig:
         ("oracle", "token", "sample"), "routing scopes", choices=("oracle", "token", "sample")
     )
     context_lengths: tuple[int, ...] = opt(
-        (1, 2, 4, 8, 16, 32, 64), "prefix lengths at which routing accuracy is read, tokens", low=1
+        (1, 2, 4, 8, 16, 32, 64),
+        "prefix lengths at which routing accuracy is read, tokens; those beyond a row are left out",
+        low=1,
     )
 
 
@@ -314,6 +321,16 @@ class Config:
 class _Loader(yaml.SafeLoader):
     """YAML in which `no` is a language code and `3e-4` a number (YAML 1.2 scalars)."""
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping in which no key stands twice (YAML would silently keep the last)."""
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"key `{key.value}` stands twice, line {line}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
 
 _Loader.yaml_implicit_resolvers = {
     first: [
@@ -341,10 +358,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
-    """Deep merge of two mappings; the child wins, lists are replaced."""
+    """Deep merge of two mappings; the child wins, lists are replaced, `{}` empties a map."""
+    sections = {f.name for f in fields(Config) if is_dataclass(f.type)}
     merged = dict(base)
     for key, value in child.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        both = both and (bool(value) or key in sections)
         merged[key] = merge(merged[key], value) if both else value
     return merged
 
@@ -358,7 +377,9 @@ def read_with_base(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: more than {MAX_BASE_LEVELS} levels of `base:`")
     content = read_yaml(path)
     bases = content.pop("base", [])
-    bases = [bases] if isinstance(bases, str) else bases
+    bases = [bases] if isinstance(bases, str) else bases or []
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+        raise UserError(f"{path}: `base:` is a file name or a list of them, found {bases!r}")
     check_keys(content, Config, str(path))
     merged: dict[str, Any] = {}
     for base in bases:
@@ -538,6 +559,8 @@ def check(config: Config) -> Config:
     if isinstance(data.tokens_per_domain, dict):
         known["data.tokens_per_domain"] = tuple(data.tokens_per_domain)
     for key, names in known.items():
+        if len(set(names)) != len(names):
+            raise UserError(f"{key}: each name once, found {', '.join(names)}")
         for name in names:
             if name not in data.domains:
                 raise UserError(
@@ -546,6 +569,13 @@ def check(config: Config) -> Config:
     if not config.present_domains:
         raise UserError("data.exclude_domains: every domain is excluded")
     _check_splits(data)
+    if config.tokenizer.name == "bpe" and not data.split_shares["router"]:
+        raise UserError("data.split_shares: the bpe tokenizer is trained on split router, share 0")
+    if config.router.scope not in config.eval.scopes:
+        raise UserError(
+            f"eval.scopes: {config.router.scope!r} (router.scope) must be among them, found"
+            f" {', '.join(config.eval.scopes) or 'none'}"
+        )
     for index in config.partition.index:
         if index >= config.partition.n:
             raise UserError(
@@ -573,9 +603,14 @@ def _check_splits(data: DataConfig) -> None:
     total = sum(data.split_shares.values())
     if abs(total - 100) > 1e-9 or min(data.split_shares.values()) < 0:
         raise UserError(f"data.split_shares: shares are >= 0 and sum to 100, found {total:g}")
-    for times in data.repeats:
-        if times < 2:
-            raise UserError(f"data.repeats: {times} must be at least 2 occurrences")
+    if not data.split_shares["train"]:
+        raise UserError("data.split_shares: train must be above 0")
+    for times, rows in data.repeats.items():
+        if times < 2 or rows < 0:
+            raise UserError(
+                f"data.repeats: {times} must be at least 2 occurrences, of at least 0 rows"
+                f" (found {rows})"
+            )
 
 
 def load(path: Path | str, overrides: tuple[str, ...] = ()) -> Config:

@@ -154,24 +154,29 @@ class ProcessedData:
     ) -> np.ndarray:
         """Packed blocks (blocks, T) int32: documents in stored order, each with its separator.
 
-        keep: (documents,) bool, the documents that are packed (None: all). limit_tokens: the
-        stream is cut after so many tokens (0: never). The tail that fills no block is dropped. In
-        train the extra occurrences of kept repeated rows follow as whole blocks.
+        limit_tokens: only the domain's first so many tokens are used (0: all); keep:
+        (documents,) bool, the documents of them that are packed (None: all). The tail that fills
+        no block is dropped. In train the extra occurrences of kept repeated rows follow as whole
+        blocks.
         """
         size = self.block_size
         parts, start, tokens = [], 0, 0
         for offsets, values in self._lists(domain, split, "input_ids"):
             count = len(offsets) - 1
             values = values[offsets[0] : offsets[-1]]
+            if limit_tokens:
+                values = values[: limit_tokens - tokens]
+            tokens += len(values)
             if keep is not None:
-                values = values[np.repeat(keep[start : start + count], np.diff(offsets))]
+                kept = np.repeat(keep[start : start + count], np.diff(offsets))
+                values = values[kept[: len(values)]]
             parts.append(values)
-            start, tokens = start + count, tokens + len(values)
-            if keep is None and limit_tokens and tokens >= limit_tokens:
+            start += count
+            if limit_tokens and tokens == limit_tokens:
                 break
-        assert keep is None or len(keep) == start, "keep is a mask over the split's documents"
+        whole = not limit_tokens
+        assert keep is None or not whole or len(keep) == start, "keep masks the split's documents"
         stream = np.concatenate([np.zeros(0, np.int32), *parts])
-        stream = stream[:limit_tokens] if limit_tokens else stream
         packed = stream[: len(stream) // size * size].reshape(-1, size)  # (blocks, T)
         if split != "train" or not self.manifest["domains"][domain]["repeats"]:
             return packed
@@ -196,16 +201,19 @@ class ProcessedData:
         """Documents whose first T tokens all stand in blocks of their partition, (documents,) bool.
 
         partition: (documents,) index each document is packed under (None: all together);
-        limit_tokens as for `blocks`. The others are cut by the dropped tail: no members.
+        limit_tokens as for `blocks`. The others are cut by the dropped tail and do not count as
+        members (a repeated one among them is trained on once less than configured).
         """
         lengths, size = self._lengths(domain, split), self.block_size
+        if limit_tokens:
+            lengths = np.diff(np.minimum(np.cumsum(lengths), limit_tokens), prepend=0)
         found = np.zeros(len(lengths), dtype=bool)
         partition = np.zeros(len(lengths), dtype=np.int64) if partition is None else partition
         for k in np.unique(partition):
             here = partition == k
             ends = np.cumsum(lengths[here])
-            total = min(int(ends[-1]), limit_tokens or int(ends[-1]))
-            found[here] = ends - lengths[here] + size <= total // size * size
+            begins = ends - lengths[here]
+            found[here] = begins + size <= ends[-1] // size * size
         return found
 
     def rows(self, domain: str, split: str, count: int = 0, only: np.ndarray | None = None) -> Rows:

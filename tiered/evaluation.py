@@ -23,7 +23,7 @@ from tiered.record import SCORING_CODE, environment
 from tiered.scoring import ScoreCache, TokenScores, score_rows
 from tiered.store import code_hash, content_hash, digest, read_json
 
-SCHEMA = 2
+SCHEMA = 3
 MAX_UNK_SHARE = 0.01  # rows above it print `undefined`: [UNK] hides the text it replaces
 
 
@@ -52,6 +52,12 @@ class RowScores:
     def accuracy(self) -> float:
         """Top-1 next-token accuracy over all scored tokens."""
         return float(self.correct.sum() / self.tokens.sum())
+
+
+def score_cache(config: Config, model_hashes: Mapping[int, str]) -> ScoreCache:
+    """The store's row scores of some models, scored anew under `overwrite`."""
+    folder = config.store_dir / "scores"
+    return ScoreCache(folder, model_hashes, environment(config), config.overwrite)
 
 
 def sum_rows(rows: Rows, scope: str, scores: TokenScores, assignment: torch.Tensor) -> RowScores:
@@ -87,6 +93,12 @@ def router_scores(
     return torch.cat(parts)
 
 
+def first_position(config: Config, scope: str) -> int:
+    """The first scored position: those before the decision are left out only if so configured."""
+    skip = scope == "sample" and config.router.early_positions == "skip"
+    return config.router.context_tokens - 1 if skip else 0
+
+
 def assignments(
     scores: torch.Tensor, scopes: Iterable[str], config: Config, oracle: int | None
 ) -> dict[str, torch.Tensor]:
@@ -98,8 +110,7 @@ def assignments(
                 chosen[scope] = torch.full(scores.shape[:2], oracle)
             continue
         chosen[scope] = assign(scores, scope, config.router.context_tokens)
-        if scope == "sample" and config.router.early_positions == "skip":
-            chosen[scope][:, : config.router.context_tokens - 1] = -1
+        chosen[scope][:, : first_position(config, scope)] = -1
     return chosen
 
 
@@ -151,18 +162,18 @@ def write_rows(path: Path, table: pa.Table) -> None:
     temporary.replace(path)
 
 
-def unigram_bpb(data: ProcessedData, rows: Rows) -> float:
-    """Bits per byte of the domain's add-one smoothed unigram on the same scored tokens."""
-    log_probs = unigram_log_probs(data, rows.domain)
-    loss = -log_probs[rows.input_ids[:, 1:]].sum()
-    return bits_per_byte(float(loss), float(rows.token_bytes[:, 1:].sum()))
+def unigram_bpb(log_probs: np.ndarray, rows: Rows, first: int = 0) -> float:
+    """Bits per byte of the domain's add-one smoothed unigram (V,) on positions from `first` on."""
+    loss = -log_probs[rows.input_ids[:, 1 + first :]].sum()
+    return bits_per_byte(float(loss), float(rows.token_bytes[:, 1 + first :].sum()))
 
 
-def utility_of(scores: RowScores) -> dict[str, float]:
-    """Utility figures of one domain under one scope."""
+def utility_of(scores: RowScores, unigram: float) -> dict[str, float]:
+    """Utility figures of one domain under one scope; unigram: bits per byte on the same tokens."""
     nats = float(scores.loss_nats.sum())
     return {
         "bpb": round(scores.bpb(), 6),
+        "unigram_bpb": round(unigram, 6),
         "bits_per_character": round(nats / (math.log(2) * float(scores.num_chars.sum())), 6),
         "perplexity": round(math.exp(nats / float(scores.tokens.sum())), 4),
         "accuracy": round(scores.accuracy(), 6),
@@ -248,13 +259,15 @@ def _domain_entry(
     entry: dict[str, Any] = {
         "rows": len(rows.document_ids),
         "bytes": int(rows.token_bytes[:, 1:].sum()),
-        "unigram_bpb": round(unigram_bpb(data, rows), 6),
         "scopes": {},
         "routing_accuracy": UNDEFINED,
     }
+    log_probs = unigram_log_probs(data, rows.domain)
     for scope in config.eval.scopes:
-        defined = scope in found and float(rows.unk_share.mean()) <= MAX_UNK_SHARE
-        entry["scopes"][scope] = utility_of(found[scope]) if defined else UNDEFINED
+        entry["scopes"][scope] = UNDEFINED
+        if scope in found and float(rows.unk_share.mean()) <= MAX_UNK_SHARE:
+            unigram = unigram_bpb(log_probs, rows, first_position(config, scope))
+            entry["scopes"][scope] = utility_of(found[scope], unigram)
     if oracle is not None:
         entry["routing_accuracy"] = routing_accuracy(scores, oracle, config.eval.context_lengths)
     return entry
@@ -264,19 +277,17 @@ def _macro(domains: dict[str, Any], scopes: Iterable[str]) -> dict[str, Any]:
     """Mean over the domains whose figure is defined, with their number."""
     macro = {}
     for scope in scopes:
-        cells = [(d["scopes"][scope], d["unigram_bpb"]) for d in domains.values()]
-        cells = [(c, u) for c, u in cells if c != UNDEFINED]
+        cells = [c for c in (d["scopes"][scope] for d in domains.values()) if c != UNDEFINED]
         if not cells:
             macro[scope] = UNDEFINED
             continue
-        names = ("bpb", "bits_per_character", "perplexity", "accuracy")
-        macro[scope] = {n: round(float(np.mean([c[n] for c, _ in cells])), 6) for n in names}
-        gains = [1 - c["bpb"] / u for c, u in cells]
+        names = ("bpb", "unigram_bpb", "bits_per_character", "perplexity", "accuracy")
+        macro[scope] = {n: round(float(np.mean([c[n] for c in cells])), 6) for n in names}
+        gains = [1 - c["bpb"] / c["unigram_bpb"] for c in cells]
         macro[scope] |= {
             "gain_over_unigram": round(float(np.mean(gains)), 6),
             "domains": len(cells),
         }
-    macro["unigram_bpb"] = round(float(np.mean([d["unigram_bpb"] for d in domains.values()])), 6)
     return macro
 
 

@@ -18,7 +18,7 @@ import yaml
 from transformers.utils.logging import disable_progress_bar
 
 from tiered.config import Config, plain
-from tiered.store import TIMINGS, code_hash, read_json, write_json, write_text
+from tiered.store import TIMINGS, UserError, code_hash, read_json, write_json, write_text
 
 # What decides a trained model besides its config and data; what scores it.
 TRAINING_CODE = (
@@ -40,20 +40,31 @@ def set_up_process(config: Config) -> None:
 
 
 def device_of(config: Config) -> torch.device:
-    """The device of a config: cuda when present and allowed, else cpu."""
+    """The device of a config: cuda when present and allowed, else cpu.
+
+    Raises UserError where cuda is asked for and not there: no silent run on the CPU.
+    """
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda is asked for, but torch sees no GPU here; use auto or cpu")
     return torch.device(config.device)
 
 
 def environment(config: Config) -> dict[str, Any]:
-    """What a result depends on besides its inputs; part of every artefact's hash."""
+    """What a result depends on besides its inputs; part of every artefact's hash.
+
+    The number of processes is in it: it multiplies the batch.
+    """
+    device = device_of(config)
     return {
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": config.threads or os.cpu_count(),
-        "device": device_of(config).type,
+        "device": device.type,
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "code": code_hash(*TRAINING_CODE),
     }
 
@@ -126,4 +137,6 @@ def note_provenance(config: Config, artefacts: dict[str, Any]) -> None:
     """Note in provenance.json which domains' data touched which artefact of the run."""
     path = config.run_dir / "provenance.json"
     known = read_json(path) if path.is_file() else {}
+    models = {f"model/{k}" for k in range(config.partition.n)}
+    known = {k: v for k, v in known.items() if k in models or not k.startswith("model/")}
     write_json(path, {**known, **artefacts})

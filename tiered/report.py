@@ -12,6 +12,7 @@ import base64
 import csv
 import html
 import io
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,12 @@ class Run:
     def scope(self) -> str:
         """The scope that unlearning is measured under."""
         return self.config["router"]["scope"]
+
+    @property
+    def gain(self) -> float:
+        """Macro gain over the unigram under that scope; NaN where undefined in every domain."""
+        figures = self.utility["macro"][self.scope]
+        return math.nan if isinstance(figures, str) else figures["gain_over_unigram"]
 
     @property
     def label(self) -> str:
@@ -124,7 +131,7 @@ def macro_table(runs: list[Run]) -> list[dict[str, str]]:
                 {
                     **row,
                     "bits per byte": cell(figures["bpb"]),
-                    "unigram": cell(run.utility["macro"]["unigram_bpb"]),
+                    "unigram": cell(figures["unigram_bpb"]),
                     "below unigram": f"{figures['gain_over_unigram']:.1%}",
                     "bits per character": cell(figures["bits_per_character"]),
                     "accuracy": cell(figures["accuracy"]),
@@ -138,12 +145,14 @@ def domain_table(runs: list[Run]) -> list[dict[str, str]]:
     """T2, per domain: bits per byte under the unlearning scope."""
     rows = []
     for domain in runs[0].utility["domains"]:
-        row = {"domain": domain}
+        row = {"domain": domain, "unigram": "undefined"}
         for run in runs:
             entry = run.utility["domains"].get(domain)
-            row["unigram"] = cell(entry["unigram_bpb"]) if entry else "none"
             figures = entry["scopes"][run.scope] if entry else "none"
-            row[f"{run.name}"] = figures if isinstance(figures, str) else cell(figures["bpb"])
+            column = f"{run.name} ({run.scope} routing)"
+            row[column] = figures if isinstance(figures, str) else cell(figures["bpb"])
+            if not isinstance(figures, str):
+                row["unigram"] = cell(figures["unigram_bpb"])
         rows.append(row)
     return rows
 
@@ -199,10 +208,8 @@ def floor_table(runs: list[Run]) -> list[dict[str, str]]:
     for run in runs:
         cells = run.utility["domains"]
         figures = {d: c["scopes"][run.scope] for d, c in cells.items()}
-        below = [
-            d for d, f in figures.items() if f != "undefined" and f["bpb"] < cells[d]["unigram_bpb"]
-        ]
-        gain = run.utility["macro"][run.scope]["gain_over_unigram"]
+        below = [d for d, f in figures.items() if f != "undefined" and f["bpb"] < f["unigram_bpb"]]
+        gain = run.gain
         length = run.config["router"]["context_tokens"]
         accuracy = _accuracy_at(run, length)
         rows.append(
@@ -308,9 +315,10 @@ def plot_utility(runs: list[Run]) -> plt.Figure:
                 mfc="white",
                 label=f"{scope} routing",
             )
+    macros = [r.utility["macro"][r.scope] for r in runs]
     axes.plot(
         positions,
-        [r.utility["macro"]["unigram_bpb"] for r in runs],
+        [math.nan if isinstance(m, str) else m["unigram_bpb"] for m in macros],
         color="gray",
         ls="-.",
         label="unigram of the domain",
@@ -348,7 +356,7 @@ def plot_tradeoff(runs: list[Run]) -> plt.Figure | None:
         "exact given the router": (True, "black"),
     }
     for run in sorted(runs, key=lambda r: r.n):
-        y = 100 * run.utility["macro"][run.scope]["gain_over_unigram"]
+        y = 100 * run.gain
         places = []
         for given_router, fill in kinds.values():
             costs = removal_cost(run, given_router)

@@ -38,7 +38,7 @@ from tiered.store import (
     verify,
     write_json,
 )
-from tiered.training import Fit, fit
+from tiered.training import Fit, check_models, fit
 from tiered.workers import Call
 
 
@@ -65,7 +65,7 @@ def level1_config(config: Config, data: ProcessedData) -> Level1Config:
 def router_blocks(
     config: Config, data: ProcessedData, domain: str, keep: np.ndarray | None = None
 ) -> np.ndarray:
-    """Blocks (rows, T) of a domain's router split."""
+    """Blocks (rows, T) of a domain's router split, of its kept documents (None: all)."""
     limit = config.router.tokens_per_domain
     blocks = data.blocks(domain, "router", keep=keep, limit_tokens=limit)
     if not len(blocks) and keep is None:
@@ -76,12 +76,10 @@ def router_blocks(
     return blocks
 
 
-def embedder_folder(config: Config, data: ProcessedData) -> Path | None:
-    """The embedder's place in the store; None for `hashed_ngrams`, which has nothing to train."""
-    if config.router.embedder == "hashed_ngrams":
-        return None
+def embedder_inputs(config: Config, data: ProcessedData) -> str:
+    """Hash of what config and data say of the embedder, the environment apart."""
     fixed = ("scope", "context_tokens", "early_positions")
-    key = digest(
+    return digest(
         {
             "router": {k: v for k, v in plain(config.router).items() if k not in fixed},
             "data": {d: data.split_hash(d, "router") for d in data.domains},
@@ -89,10 +87,31 @@ def embedder_folder(config: Config, data: ProcessedData) -> Path | None:
             "block_size": config.data.block_size,
             "tokenizer": data.tokenizer_hash,
             "seed": config.seed,
-            "environment": environment(config),
         }
     )
+
+
+def embedder_folder(config: Config, data: ProcessedData) -> Path | None:
+    """The embedder's place in the store; None for `hashed_ngrams`, which has nothing to train."""
+    if config.router.embedder == "hashed_ngrams":
+        return None
+    key = digest([embedder_inputs(config, data), environment(config)])
     return config.store_dir / "embedders" / key
+
+
+def router_inputs(config: Config, data: ProcessedData, partitions: PartitionMap) -> str:
+    """Hash of what config and data say of embedder, centroids and map, the environment apart."""
+    return digest([embedder_inputs(config, data), partitions.as_json()["hash"]])
+
+
+def check_router(config: Config, data: ProcessedData, partitions: PartitionMap) -> None:
+    """Raise UserError if the run's router was made from another config or other data."""
+    folder = config.run_dir / "router"
+    if read_json(folder / "router.json")["inputs"] != router_inputs(config, data, partitions):
+        raise UserError(
+            f"{folder}: made from another config or other data than this config's; run:"
+            " python train_det_router.py CONFIG"
+        )
 
 
 def train_embedder(config: Config, data: ProcessedData) -> Path | None:
@@ -103,7 +122,8 @@ def train_embedder(config: Config, data: ProcessedData) -> Path | None:
     if is_complete(folder) and not config.overwrite:
         verify(folder)
         return folder
-    blocks = np.concatenate([router_blocks(config, data, d) for d in data.domains])
+    domains = sorted(data.domains)  # as the address: the order of the config changes nothing
+    blocks = np.concatenate([router_blocks(config, data, d) for d in domains])
     job = Fit(
         folder=folder,
         label=f"{config.name} level-1 embedder",
@@ -116,7 +136,7 @@ def train_embedder(config: Config, data: ProcessedData) -> Path | None:
             "logging_steps": config.training.logging_steps,
         },
         epochs=config.router.num_train_epochs,
-        record={"domains": list(data.domains)},
+        record={"domains": domains},
     )
     model_config = level1_config(config, data)
     fit(config, job, lambda: Level1Embedder(model_config), blocks, lambda model, path: {})
@@ -150,7 +170,7 @@ def make_router(
         router.embedder = Level1Embedder.from_pretrained(embedder)
     router.eval().to(device_of(config))
     for c, (_, k, blocks) in enumerate(groups):
-        router.centroids[c] = _mean_embedding(router, blocks, config.eval.batch_rows)
+        router.centroids[c] = _mean_embedding(router, blocks, config.router.batch_rows)
         router.centroid_partition[c] = k
     return router.cpu(), [domain for domain, _, _ in groups]
 
@@ -190,36 +210,30 @@ def _mean_embedding(router: Level1Router, blocks: np.ndarray, batch_rows: int) -
 def build_router(config: Config, data: ProcessedData, partitions: PartitionMap) -> Path:
     """Store folder of a config's router (embedder and centroids), built if it is not there yet."""
     embedder = train_embedder(config, data)
-    identity = {
-        "embedder": content_hash(embedder) if embedder else None,
-        "level1": level1_config(config, data).to_diff_dict(),
-        "map": partitions.as_json()["hash"],
-        "data": {d: data.split_hash(d, "router") for d in data.domains},
-        "tokens_per_domain": config.router.tokens_per_domain,
-        "block_size": config.data.block_size,
-        "batch_rows": config.eval.batch_rows,
-        "environment": environment(config),
-    }
-    folder = config.store_dir / "routers" / digest(identity)
+    inputs = router_inputs(config, data, partitions)
+    trained = content_hash(embedder) if embedder else None
+    key = digest([inputs, trained, environment(config)])
+    folder = config.store_dir / "routers" / key
     if is_complete(folder) and not config.overwrite:
         verify(folder)
         return folder
     begin = time.perf_counter()
     router, domains = make_router(config, data, partitions, embedder)
-    save_router(folder, router, domains, embedder, begin)
+    save_router(folder, router, {"domains": domains, "inputs": inputs}, embedder, begin)
     return folder
 
 
 def save_router(
     folder: Path,
     router: Level1Router,
-    domains: list[str | None],
+    meta: dict[str, Any],
     embedder: Path | None,
     begin: float,
 ) -> None:
     """Write a router folder atomically; embedder weights are hard links into the store.
 
-    begin: time.perf_counter() when making it began (the embedder's training apart).
+    meta: each centroid's domain under `domains`, and the router's `inputs`; begin:
+    time.perf_counter() when making it began (the embedder's training apart).
     """
     with atomic_folder(folder) as path:
         if embedder is not None:
@@ -230,9 +244,7 @@ def save_router(
             "centroid_partition": router.centroid_partition.contiguous(),
         }
         save_file(tensors, path / "centroids.safetensors")
-        write_json(
-            path / "router.json", {"domains": domains, "num_partitions": router.num_partitions}
-        )
+        write_json(path / "router.json", {**meta, "num_partitions": router.num_partitions})
         write_json(path / TIMINGS, {"seconds": time.perf_counter() - begin})
 
 
@@ -286,7 +298,8 @@ def tiered_model(
 
 
 def run_models(config: Config, partitions: PartitionMap, data: ProcessedData) -> dict[int, Path]:
-    """Published model folders of a run; UserError naming the command if one is missing."""
+    """Published model folders of a run; UserError naming the command if one is missing or was
+    trained from another config."""
     folders: dict[int, Path] = {}
     for k in range(partitions.n):
         if not any(d in data.domains for d in partitions.members[k]):
@@ -298,6 +311,7 @@ def run_models(config: Config, partitions: PartitionMap, data: ProcessedData) ->
                 f" partition.index={k}"
             )
         folders[k] = folder
+    check_models(config, data, partitions, folders)
     return folders
 
 

@@ -4,9 +4,11 @@ Shapes: R rows, T tokens per row, S = T - 1 scored positions; position t predict
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,16 +35,40 @@ class ScoreCache:
     """Scores of one model on one group of prefixes, by (model hash, hash of the token ids).
 
     Groups are cached whole: a row's last bits may depend on the batch and length it ran in.
+    environment: what the scores depend on besides; renew: score again what is there.
     """
 
-    def __init__(self, folder: Path, model_hashes: Mapping[int, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model_hashes: Mapping[int, str],
+        environment: Any = None,
+        renew: bool = False,
+    ) -> None:
         self.folder = folder
         self.model_hashes = model_hashes
+        self.computed_by = [environment, code_hash("tiered/scoring.py")]
+        self.renew = renew
+        self.renewed: set[Path] = set()
+
+    def read(self, path: Path) -> dict[str, torch.Tensor] | None:
+        """A stored group, or None where it must be scored."""
+        if not path.is_file() or (self.renew and path not in self.renewed):
+            return None
+        return load_file(path)
+
+    def write(self, path: Path, nll: torch.Tensor, correct: torch.Tensor) -> None:
+        """Store a group, atomically."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".tmp{os.getpid()}")
+        save_file({"nll": nll.contiguous(), "correct": correct.contiguous()}, temporary)
+        temporary.replace(path)
+        self.renewed.add(path)
 
     def path(self, k: int, prefixes: torch.Tensor, batch_rows: int) -> Path:
         """File of one group."""
         ids = hashlib.sha256(prefixes.contiguous().numpy().tobytes()).hexdigest()
-        name = digest([ids, list(prefixes.shape), batch_rows, code_hash("tiered/scoring.py")])
+        name = digest([ids, list(prefixes.shape), batch_rows, *self.computed_by])
         return self.folder / self.model_hashes[k] / f"{name}.safetensors"
 
 
@@ -75,15 +101,12 @@ def _cached_group(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     prefixes = input_ids[group.rows, : group.length + 1]
     path = cache.path(k, prefixes, batch_rows) if cache else None
-    if path is not None and path.is_file():
-        stored = load_file(path)
+    stored = cache.read(path) if cache else None
+    if stored is not None:
         return stored["nll"], stored["correct"]
     nll, correct = score_prefixes(model.partitions[str(k)], prefixes, group.length, batch_rows)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        save_file({"nll": nll.contiguous(), "correct": correct.contiguous()}, temporary)
-        temporary.replace(path)
+    if cache:
+        cache.write(path, nll, correct)
     return nll, correct
 
 

@@ -215,8 +215,15 @@ def link_tree(source: Path, target: Path) -> None:
 
 
 def link_if_changed(source: Path, target: Path) -> None:
-    """Make `target` the published folder `source` by hard links, unless its content is the same."""
-    if not (is_complete(target) and content_hash(target) == content_hash(source)):
+    """Make `target` the published folder `source` by hard links, unless its content is the same.
+
+    A damaged target is replaced.
+    """
+    try:
+        same = verify(target) == content_hash(source)
+    except UserError:
+        same = False
+    if not same:
         link_tree(source, target)
 
 

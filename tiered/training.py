@@ -96,6 +96,24 @@ class ProgressBar(TrainerCallback):
         self.bar.close()
 
 
+class LossGuard(TrainerCallback):
+    """Logs the last step too; raises UserError where the loss is no longer a number."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= state.global_step == state.max_steps
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"{self.label}: the training loss is {loss} at step {state.global_step}; nothing"
+                " was published (lower the learning rate?)"
+            )
+
+
 class LossRestorer(TrainerCallback):
     """After a resume, put back the loss summed since the last log line: logs stay identical."""
 
@@ -190,6 +208,9 @@ def fit(
     if not trainer.args.should_save:
         return
     model = trainer.model.to("cpu").eval()
+    for name, weights in model.named_parameters():
+        if not weights.isfinite().all():
+            raise UserError(f"{job.label}: {name} is not finite after training; nothing published")
     with atomic_folder(job.folder) as path:
         model.save_pretrained(path)
         losses = [e for e in trainer.state.log_history if "loss" in e]
@@ -220,6 +241,7 @@ def _make_trainer(
         "report_to": trackers or "none",
         "ddp_broadcast_buffers": False,
         "dataloader_pin_memory": device_of(config).type == "cuda",
+        "logging_nan_inf_filter": False,  # it would log a diverged model's loss as 0
         **job.arguments,
     }
     try:
@@ -234,16 +256,19 @@ def _make_trainer(
             disable_tqdm=True,
             **arguments,
         )
-    except (ValueError, TypeError) as error:
-        raise UserError(f"training: {error}") from None
-    if training_arguments.fp16:
-        raise UserError("training.fp16: not supported (its loss scaler is not resumed); use bf16")
-    trainer = ResumableTrainer(
-        model=model,
-        args=training_arguments,
-        train_dataset=OrderedBlocks(blocks, job.epochs, job.seed, job.separator),
-        callbacks=[ProgressBar(job.label), *callbacks],
-    )
+        if training_arguments.fp16:
+            raise ValueError("fp16: not supported (its loss scaler is not resumed); use bf16")
+        # one process drives one GPU (more of them: torchrun); DataParallel would multiply the batch
+        training_arguments._n_gpu = min(1, training_arguments.n_gpu)
+        trainer = ResumableTrainer(
+            model=model,
+            args=training_arguments,
+            train_dataset=OrderedBlocks(blocks, job.epochs, job.seed, job.separator),
+            callbacks=[ProgressBar(job.label), LossGuard(job.label), *callbacks],
+        )
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"training: {text[:300]}") from None
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.checkpoints = job.checkpoints
@@ -308,10 +333,11 @@ def partition_blocks(
 ) -> tuple[np.ndarray | None, dict[str, Any]]:
     """Training blocks (rows, T) of partition k from present domains, and what identifies them.
 
-    None if no present domain has data there.
+    Domains follow one another by name, not in the order of the map: maps that agree on a
+    partition's members train the same model. None if no present domain has data there.
     """
     parts, identity = [], {}
-    for domain in partitions.members[k]:
+    for domain in sorted(partitions.members[k]):
         if domain not in data.domains:
             continue
         keep = None
@@ -324,37 +350,59 @@ def partition_blocks(
     return (np.concatenate(parts) if parts else None), identity
 
 
-def model_folder(
+def model_inputs(
     config: Config, data: ProcessedData, partitions: PartitionMap, k: int
-) -> Path | None:
-    """Partition k's place in the store: a hash of everything that reaches its model's weights.
+) -> str | None:
+    """Hash of what config and data say of partition k's model, the environment apart.
 
     None for a partition without data (all its domains are excluded).
     """
-    share = partitions.share(k)
-    arguments = training_arguments(config, share)
     present = [d for d in partitions.members[k] if d in data.domains]
     if not present:
         return None
-    return (
-        config.store_dir
-        / "models"
-        / digest(
-            {
-                "model": plain(config.model),
-                "training": plain({n: v for n, v in arguments.items() if n != "logging_steps"}),
-                "epochs": config.training.num_train_epochs,
-                "seed": config.seed,
-                "partition": partitions.identity(k),
-                "data": {d: data.split_hash(d, "train") for d in present},
-                "processed": data.key,
-                "block_size": config.data.block_size,
-                "separate_documents": config.data.separate_documents,
-                "tokenizer": data.tokenizer_hash,
-                "environment": environment(config),
-            }
-        )
+    arguments = training_arguments(config, partitions.share(k))
+    return digest(
+        {
+            "model": plain(config.model),
+            "training": plain({n: v for n, v in arguments.items() if n != "logging_steps"}),
+            "epochs": config.training.num_train_epochs,
+            "seed": config.seed,
+            "partition": partitions.identity(k),
+            "data": {d: data.split_hash(d, "train") for d in present},
+            "block_size": config.data.block_size,
+            "separate_documents": config.data.separate_documents,
+            "tokenizer": data.tokenizer_hash,
+        }
     )
+
+
+def model_folder(
+    config: Config, data: ProcessedData, partitions: PartitionMap, k: int
+) -> Path | None:
+    """Partition k's place in the store: its inputs and the environment that computes it, hashed.
+
+    None for a partition without data.
+    """
+    inputs = model_inputs(config, data, partitions, k)
+    if inputs is None:
+        return None
+    return config.store_dir / "models" / digest([inputs, environment(config)])
+
+
+def check_models(
+    config: Config, data: ProcessedData, partitions: PartitionMap, folders: dict[int, Path]
+) -> None:
+    """Raise UserError if a published model was trained from another config or other data.
+
+    What computed it (machine, versions, code) may differ: its record says what did.
+    """
+    for k, folder in folders.items():
+        made = read_json(folder / "record.json").get("inputs")
+        if made != model_inputs(config, data, partitions, k):
+            raise UserError(
+                f"{folder}: trained from another config or other data than this config's; run:"
+                f" python run_clm.py CONFIG partition.index={k}"
+            )
 
 
 def train_partition(
@@ -380,7 +428,8 @@ def train_partition(
         epochs=config.training.num_train_epochs,
         separator=data.separator_id if config.data.separate_documents else None,
         record={
-            "partition": {"members": list(partitions.members[k]), "present": sorted(identity)},
+            "inputs": model_inputs(config, data, partitions, k),
+            "partition": {"members": sorted(partitions.members[k]), "present": sorted(identity)},
             "blocks": {d: rows for d, (_, rows) in identity.items()},
             "batch_rows": batch_rows(config, partitions.share(k)),
         },
@@ -392,6 +441,13 @@ def train_partition(
 
     fit(config, job, lambda: kind.build(model_config), blocks, finish)
     return folder
+
+
+def forget_other_partitions(config: Config) -> None:
+    """Remove from the run folder the models of an earlier, larger partition.n."""
+    for path in (config.run_dir / "models").glob("[0-9]*"):
+        if int(path.name) >= config.partition.n:
+            shutil.rmtree(path)
 
 
 def missing_models(config: Config, wanted: Iterable[int]) -> dict[Path, Call]:

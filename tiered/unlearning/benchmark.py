@@ -13,7 +13,7 @@ from tiered.data import ProcessedData
 from tiered.evaluation import RowScores, rows_table, write_rows
 from tiered.partition import make_partition_map
 from tiered.record import SCORING_CODE, environment, peak_memory_bytes
-from tiered.router import load_router, missing_embedder, run_models
+from tiered.router import check_router, load_router, missing_embedder, run_models
 from tiered.store import (
     TIMINGS,
     UserError,
@@ -21,6 +21,7 @@ from tiered.store import (
     content_hash,
     digest,
     read_json,
+    verify,
     write_json,
 )
 from tiered.training import missing_models
@@ -42,6 +43,12 @@ SCHEMA = 1
 
 def open_run(config: Config) -> Context:
     """Context of a finished run; UserError naming the missing stage or a bad forget domain."""
+    for key in ("training", "router"):
+        if getattr(config, key).num_train_epochs < 1:
+            raise UserError(
+                f"{key}.num_train_epochs: below 1 some members were never trained on; unlearning"
+                " is measured after at least one whole pass"
+            )
     if not config.unlearn.forget:
         raise UserError("unlearn.forget: name at least one forget domain, e.g. unlearn.forget=hi")
     for name in config.unlearn.forget:
@@ -58,7 +65,10 @@ def open_run(config: Config) -> Context:
     partitions = make_partition_map(config)
     data = ProcessedData(config)
     load_router(config.run_dir / "router", "python train_det_router.py CONFIG")
+    check_router(config, data, partitions)
     models = run_models(config, partitions, data)
+    for folder in models.values():
+        verify(folder)
     return Context(config, data, partitions, models, config.run_dir / "router")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from tiered.data import ProcessedData
 from tiered.metrics import NOT_APPLICABLE
 from tiered.router import build_router, load_router, save_router
-from tiered.store import content_hash, digest, is_complete
+from tiered.store import TIMINGS, content_hash, digest, is_complete, read_json
 from tiered.training import train_partition
 from tiered.unlearning.systems import Context, Outcome, recorded_cost
 
@@ -68,13 +68,15 @@ def delete_s1(context: Context, forget: str) -> Outcome:
         for k in touched:
             module.remove_partition(k)
         embedder = _embedder_of(context.router)
-        save_router(router, module, [domains[c] for c in kept], embedder, begin)
+        meta = {"domains": [domains[c] for c in kept], "inputs": None}  # made by no config
+        save_router(router, module, meta, embedder, begin)
     models = {k: path for k, path in context.models.items() if k not in touched}
     return Outcome(
         models=models,
         router=router,
         weights_removed=True,
-        seconds=time.perf_counter() - begin,
+        # the drop itself may have been done by an earlier call: its own record says how long
+        seconds=read_json(router / TIMINGS)["seconds"],
         removed=[*(f"model/{k}" for k in touched), *(f"centroid/{k}" for k in touched)],
     )
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tiered.data import Rows
-from tiered.evaluation import RowScores, score_domain
+from tiered.evaluation import RowScores, score_cache, score_domain
 from tiered.metrics import (
     NO_POWER,
     NONE,
@@ -26,7 +26,7 @@ from tiered.metrics import (
     paired_error,
 )
 from tiered.modeling_tiered import Level1Embedder, TieredForCausalLM
-from tiered.scoring import ScoreCache, score_prefixes
+from tiered.scoring import score_prefixes
 from tiered.store import seed_of
 from tiered.unlearning.systems import Context
 
@@ -68,7 +68,7 @@ def measure(
 ) -> Scores:
     """Row scores of a system under the run's routing scope."""
     config = context.config
-    cache = ScoreCache(config.store_dir / "scores", hashes)
+    cache = score_cache(config, hashes)
     scores = {}
     for key, rows in scored.items():
         found, _ = score_domain(config, model, rows, (config.router.scope,), None, allowed, cache)
