@@ -27,6 +27,7 @@ import yaml
 
 from tiered.store import UserError, read_json, write_text
 
+matplotlib.rcParams["svg.hashsalt"] = "tiered"  # equal figures are equal files
 MARKERS = {"oracle": ("o", "-"), "token": ("s", "--"), "sample": ("^", ":")}
 
 
