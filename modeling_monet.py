@@ -39,6 +39,8 @@ class MonetConfig(PreTrainedConfig):
     moe_topk experts are kept per head and axis on average; moe_groups consecutive layers share a
     router; head_dim is hidden_size // num_attention_heads. The two coefficients weigh the auxiliary
     losses, in training only. freeze_router keeps the router at its random start (an ablation).
+    head_dim defaults to hidden_size // num_attention_heads. expert_masks: some experts are purged
+    (see `purge_experts`); renormalize_masked: the kept experts of a head then sum to 1 again.
     """
 
     model_type = "monet"
@@ -61,6 +63,7 @@ class MonetConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     rope_parameters: dict | None = None
     attention_dropout: float | int = 0.0
+    head_dim: int | None = None
     moe_dim: int = 8
     moe_heads: int = 8
     moe_experts: int = 64
@@ -70,10 +73,14 @@ class MonetConfig(PreTrainedConfig):
     uniformity_loss_coef: float | int = 1e-3
     ambiguity_loss_coef: float | int = 1e-3
     freeze_router: bool = False
+    expert_masks: bool = False
+    renormalize_masked: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:  # floor: q/k/v may be narrower than hidden_size
+            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
         super().__post_init__(**kwargs)
         self._check()
 
@@ -83,8 +90,8 @@ class MonetConfig(PreTrainedConfig):
             "hidden_size": (self.hidden_size % 2 == 0, "even"),
             "num_attention_heads": (
                 self.num_attention_heads > 0 and self.head_dim > 0 and self.head_dim % 2 == 0,
-                f"such that head_dim = hidden_size // num_attention_heads ({self.head_dim}) is even"
-                " and positive",
+                "such that head_dim, by default hidden_size // num_attention_heads"
+                f" ({self.head_dim}) is even and positive",
             ),
             "num_key_value_heads": (
                 self.num_key_value_heads > 0
@@ -109,11 +116,6 @@ class MonetConfig(PreTrainedConfig):
         for key, (holds, allowed) in rules.items():
             if not holds:
                 raise ValueError(f"{key}: {getattr(self, key)!r} must be {allowed}")
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head (floor: q/k/v may be narrower than hidden_size)."""
-        return self.hidden_size // max(1, self.num_attention_heads)
 
     @property
     def num_routers(self) -> int:
@@ -228,6 +230,11 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+# The fused attention of the CPU is made for heads of 16 entries and more: those of 6 (published for
+# n = 16) take 1.4 to 1.6 times as long as when they are padded, those of 12 1.1 times.
+CPU_HEAD_DIM = 16
+
+
 class MonetAttention(nn.Module):
     """Causal self-attention with rotary positions and grouped key/value heads."""
 
@@ -265,6 +272,10 @@ class MonetAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        fused = x.device.type == "cpu" and self.config._attn_implementation == "sdpa"
+        spare = CPU_HEAD_DIM - self.head_dim if fused else 0
+        if spare > 0:  # zeros change no score and no mixture of the first head_dim entries
+            query, key, value = (F.pad(t, (0, spare)) for t in (query, key, value))
         mixed, weights = attend(
             self,
             query,
@@ -275,6 +286,7 @@ class MonetAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
+        mixed = mixed[..., : self.head_dim]  # (B, T, heads, head_dim)
         return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), weights
 
 
@@ -294,6 +306,8 @@ class MonetRouter(nn.Module):
         self.w2 = nn.Linear(config.hidden_size, h * e, bias=False)
         self.norm1 = nn.BatchNorm1d(h, affine=False)
         self.norm2 = nn.BatchNorm1d(h, affine=False)
+        if config.expert_masks:  # (E, E): True where expert ij of this group may be used
+            self.register_buffer("keep", torch.ones(config.moe_experts, config.moe_experts).bool())
         if config.freeze_router:
             self.requires_grad_(False)
 
@@ -303,7 +317,13 @@ class MonetRouter(nn.Module):
         x (B, T, D); valid (B, T) marks tokens that are not padding (None: all). The running
         statistics are not touched here: gradient checkpointing runs this method twice.
         """
-        pairs = [self._axis(w(x), n, valid) for w, n in self._axes()]
+        # float32 under autocast too: a score near the threshold would fall to either side of it
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            pairs = [
+                self._axis(F.linear(wide, w.weight.to(wide.dtype)), n, valid)
+                for w, n in self._axes()
+            ]
         return (pairs[0][0], pairs[1][0]), torch.stack([pairs[0][1], pairs[1][1]])
 
     def _axes(self) -> list[tuple[nn.Linear, nn.BatchNorm1d]]:
@@ -314,7 +334,6 @@ class MonetRouter(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         h, e = self.config.moe_heads, self.config.moe_experts
         z = scores.unflatten(-1, (h, e))  # (B, T, H, E)
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
         with torch.no_grad():
             statistics = self._statistics(z, valid) if self.training else z.new_zeros(3, h)
             mean, variance = (
@@ -354,24 +373,77 @@ def squared_relu(x: torch.Tensor) -> torch.Tensor:
     return torch.relu(x).square()
 
 
+# Expert weights of a masked layer that exist at once, (E, E) per token: 4 MiB of float32.
+MASKED_ELEMENTS = 2**20
+
+
+def mix_masked(
+    g1: torch.Tensor, g2: torch.Tensor, keep: torch.Tensor, a: torch.Tensor, c: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Mixtures of factors over kept experts only: purging pairs ij is not a mask of g1 or g2.
+
+    With C_ij = keep_ij sum_h g1_hi g2_hj: sum_j C_ij and sum_i C_ij, each (B, T, E);
+    sum_j C_ij c_j and sum_i C_ij a_i, each (B, T, E, width). a, c (B, T, E, width); keep (E, E).
+    """
+    shape, e = g1.shape[:2], len(keep)
+    g1, g2, a, c = (t.flatten(0, 1) for t in (g1, g2, a, c))
+    rows = max(1, MASKED_ELEMENTS // e**2)
+    ones = a.new_ones(1, 1, 1)
+    parts = []
+    for g1_part, g2_part, a_part, c_part in zip(
+        *(t.split(rows) for t in (g1, g2, a, c)), strict=True
+    ):
+        weights = (g1_part.transpose(-1, -2) @ g2_part).mul_(keep)  # (n, E, E)
+        # a column of ones beside the factors: the sums come out of the same products
+        column = ones.expand(len(a_part), e, 1)
+        parts.append(
+            (
+                weights @ torch.cat([c_part, column], -1),
+                weights.transpose(-1, -2) @ torch.cat([a_part, column], -1),
+            )
+        )
+    on_i, on_j = (torch.cat(part).unflatten(0, shape) for part in zip(*parts, strict=True))
+    return on_i[..., -1], on_j[..., -1], on_i[..., :-1], on_j[..., :-1]
+
+
+def renormalized(g1: torch.Tensor, g2: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """g1 over the share of its head's weight that kept experts hold; 0 where they hold none."""
+    share = ((g1 @ keep) * g2).sum(-1, keepdim=True)  # (B, T, H, 1)
+    return g1 * torch.where(share > 0, 1 / share, 0.0)
+
+
 class MonetMoHDE(nn.Module):
     """Horizontal decomposition: expert ij(x) = V_j s(U_i x + b_i) + b2_j."""
 
     def __init__(self, config: MonetConfig) -> None:
         super().__init__()
         d, e, m = config.hidden_size, config.moe_experts, config.moe_dim
+        self.config = config
         self.num_experts = e
         self.u = nn.Linear(d, e * m)
         self.v = nn.Linear(e * m, d, bias=False)
         self.b = nn.Parameter(torch.empty(e, d))
 
-    def forward(self, x: torch.Tensor, g1: torch.Tensor, g2: torch.Tensor) -> torch.Tensor:
-        """sum_ij sum_h g1_hi g2_hj expert_ij(x); i is contracted first, so no E x E tensor."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        g1: torch.Tensor,
+        g2: torch.Tensor,
+        keep: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """sum_ij sum_h g1_hi g2_hj expert_ij(x); i is contracted first, so no E x E tensor.
+
+        keep (E, E): experts that take part (None: all).
+        """
         g1, g2 = g1.to(x.dtype), g2.to(x.dtype)
         a = squared_relu(self.u(x)).unflatten(-1, (self.num_experts, -1))  # (B, T, E, m)
-        per_head = g1 @ a  # (B, T, H, m)
-        z = g2.transpose(-1, -2) @ per_head  # (B, T, E, m)
-        return self.v(z.flatten(-2)) + g2.sum(-2) @ self.b
+        if keep is None:
+            s2, z = g2.sum(-2), g2.transpose(-1, -2) @ (g1 @ a)  # (B, T, E), (B, T, E, m)
+        else:
+            keep = keep.to(x.dtype)
+            g1 = renormalized(g1, g2, keep) if self.config.renormalize_masked else g1
+            _, s2, _, z = mix_masked(g1, g2, keep, a, a[..., :0])
+        return self.v(z.flatten(-2)) + s2 @ self.b
 
 
 class MonetMoVDE(nn.Module):
@@ -384,6 +456,7 @@ class MonetMoVDE(nn.Module):
     def __init__(self, config: MonetConfig) -> None:
         super().__init__()
         d, e, k = config.hidden_size, config.moe_experts, config.moe_dim // 2
+        self.config = config
         self.num_experts = e
         self.u1 = nn.Linear(d, e * k)
         self.u2 = nn.Linear(d, e * k)
@@ -394,14 +467,28 @@ class MonetMoVDE(nn.Module):
         self.b1 = nn.Parameter(torch.empty(e, d // 2))
         self.b2 = nn.Parameter(torch.empty(e, d // 2))
 
-    def forward(self, x: torch.Tensor, g1: torch.Tensor, g2: torch.Tensor) -> torch.Tensor:
-        """sum_ij sum_h g1_hi g2_hj expert_ij(x), factored: the gates of a head sum to 1."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        g1: torch.Tensor,
+        g2: torch.Tensor,
+        keep: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """sum_ij sum_h g1_hi g2_hj expert_ij(x), factored: the gates of a head sum to 1.
+
+        keep (E, E): experts that take part (None: all).
+        """
         g1, g2 = g1.to(x.dtype), g2.to(x.dtype)
         a = squared_relu(self.u1(x)).unflatten(-1, (self.num_experts, -1))  # (B, T, E, k)
         c = squared_relu(self.u2(x)).unflatten(-1, (self.num_experts, -1))
-        s1, s2 = g1.sum(-2), g2.sum(-2)  # (B, T, E)
-        c_on_i = g1.transpose(-1, -2) @ (g2 @ c)  # (B, T, E, k): sum_h g1_hi sum_j g2_hj c_j
-        a_on_j = g2.transpose(-1, -2) @ (g1 @ a)
+        if keep is None:
+            s1, s2 = g1.sum(-2), g2.sum(-2)  # (B, T, E)
+            c_on_i = g1.transpose(-1, -2) @ (g2 @ c)  # (B, T, E, k): sum_h g1_hi sum_j g2_hj c_j
+            a_on_j = g2.transpose(-1, -2) @ (g1 @ a)
+        else:
+            keep = keep.to(x.dtype)
+            g1 = renormalized(g1, g2, keep) if self.config.renormalize_masked else g1
+            s1, s2, c_on_i, a_on_j = mix_masked(g1, g2, keep, a, c)
         left = (
             self.v11((a * s1[..., None]).flatten(-2)) + self.v12(c_on_i.flatten(-2)) + s1 @ self.b1
         )
@@ -428,6 +515,7 @@ class MonetDecoderLayer(GradientCheckpointingLayer):
         x: torch.Tensor,
         g1: torch.Tensor | None,
         g2: torch.Tensor | None,
+        keep: torch.Tensor | None,
         valid: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         position_embeddings: Gates,
@@ -435,6 +523,8 @@ class MonetDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> tuple[torch.Tensor | None, ...]:
         """New states (B, T, D), the group's g1 and g2, batch statistics (if routed), attention.
+
+        keep (E, E): the group's experts that take part (None: all).
 
         Gates are separate tensors: reentrant checkpointing tracks no gradient through nested ones.
         """
@@ -446,7 +536,7 @@ class MonetDecoderLayer(GradientCheckpointingLayer):
         statistics = None
         if self.router is not None:
             (g1, g2), statistics = self.router(inner, valid)
-        return x + self.moe(inner, g1, g2), g1, g2, statistics, weights
+        return x + self.moe(inner, g1, g2, keep), g1, g2, statistics, weights
 
 
 class MonetPreTrainedModel(PreTrainedModel):
@@ -475,6 +565,27 @@ class MonetPreTrainedModel(PreTrainedModel):
             init.zeros_(module.b)
         elif isinstance(module, MonetRMSNorm):
             init.ones_(module.weight)
+        elif isinstance(module, MonetRouter) and self.config.expert_masks:
+            init.ones_(module.keep)
+
+    def purge_experts(self, keep: torch.Tensor | None, renormalize: bool = False) -> None:
+        """Leave out every expert ij whose keep[group, i, j] is False, in all layers of the group.
+
+        keep (router groups, E, E) bool, saved with the checkpoint; None brings all experts back.
+        The weights of kept experts stay as they are, or are scaled so that each head's sum to 1
+        (renormalize). The weights of purged experts stay in the checkpoint: i and j are shared.
+        """
+        config, routers = self.config, [m for m in self.modules() if isinstance(m, MonetRouter)]
+        expected = (len(routers), config.moe_experts, config.moe_experts)
+        if keep is not None and tuple(keep.shape) != expected:
+            raise ValueError(f"keep: expected shape {expected}, found {tuple(keep.shape)}")
+        config.expert_masks, config.renormalize_masked = keep is not None, renormalize
+        for group, router in enumerate(routers):
+            if keep is None:
+                router._buffers.pop("keep", None)
+            else:
+                device = router.w1.weight.device
+                router.register_buffer("keep", keep[group].bool().to(device, copy=True))
 
 
 @dataclass
@@ -530,12 +641,15 @@ class MonetModel(MonetPreTrainedModel):
         valid = valid_tokens(attention_mask, x)
         if self.training and valid is not None and not valid.any():
             raise ValueError("attention_mask: all tokens are padding; training needs at least one")
-        states, attentions, routed, g1, g2 = [x], [], [], None, None
+        states, attentions, routed, g1, g2, keep = [x], [], [], None, None, None
         for layer in self.layers:
+            if layer.router is not None:
+                keep = getattr(layer.router, "keep", None)
             x, g1, g2, statistics, weights = layer(
                 x,
                 g1,
                 g2,
+                keep,
                 valid,
                 mask,
                 positions,
@@ -631,8 +745,8 @@ def ambiguity_loss(gates: Gates, valid: torch.Tensor | None) -> torch.Tensor:
 
 
 # Rows of states taken at once, and the most logits kept for them (128 MiB of float32). On a CPU
-# they are made in tiles of LOSS_COLUMNS words: 1 MiB, so that a tile's passes stay in the cache.
-LOSS_ROWS, LOSS_COLUMNS, LOSS_ELEMENTS = 512, 512, 2**25
+# they are made in tiles of LOSS_COLUMNS words: 2 MiB, so that a tile's passes stay in the cache.
+LOSS_ROWS, LOSS_COLUMNS, LOSS_ELEMENTS = 512, 1024, 2**25
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -656,7 +770,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         x, w = states.to(narrow), weight.to(narrow)
         wide = torch.promote_types(narrow, torch.float32)
         learns = any(ctx.needs_input_grad[:2])
-        gradients = [torch.zeros(t.shape, dtype=wide, device=t.device) for t in (x, w) if learns]
+        make = torch.empty if len(x) else torch.zeros  # the first rows fill them
+        gradients = [make(t.shape, dtype=wide, device=t.device) for t in (x, w) if learns]
         words = w.split(LOSS_COLUMNS if kind == "cpu" else len(w))
         rows = min(LOSS_ROWS, max(64, LOSS_ELEMENTS // len(w)))
         buffer = torch.empty(rows * len(w), dtype=wide, device=x.device)
@@ -685,12 +800,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             if learns:  # d nats / d logits = softmax - one-hot
                 share = kept.to(wide) / divisor
                 scales *= share / total
-                sums = (gradients[0][i : i + rows], *gradients[1].split(len(words[0])))
-                for tile, scale, word, grad_w in zip(tiles, scales, words, sums[1:], strict=True):
+                grad_x, grad_words = gradients[0][i : i + rows], gradients[1].split(len(words[0]))
+                pairs = zip(tiles, scales, words, grad_words, strict=True)
+                for j, (tile, scale, word, grad_w) in enumerate(pairs):
                     tile = tile.mul_(scale).to(narrow)
-                    add_product(sums[0], tile, word)
-                    add_product(grad_w, tile.T, part)
-                sums[0].sub_(w[target] * share)
+                    add_product(grad_x, tile, word, first=j == 0)
+                    add_product(grad_w, tile.T, part, first=i == 0)
+                grad_x.sub_(w[target] * share)
                 gradients[1].index_add_(0, target, -part.to(wide) * share)
         if learns:
             ctx.save_for_backward(gradients[0].to(states.dtype), gradients[1].to(weight.dtype))
@@ -701,6 +817,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradients of the forward pass, scaled."""
         grad_x, grad_w = ctx.saved_tensors
+        if grad.device.type == "cpu" and grad == 1:  # one pass over the head less
+            return grad_x, grad_w, None, None
         return grad_x * grad, grad_w * grad, None, None
 
 
@@ -709,9 +827,11 @@ def set_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Te
     return torch.mm(a, b, out=out) if out.dtype == a.dtype else out.copy_(a @ b)
 
 
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b in place, total in float32 or wider where a and b are narrower."""
-    if total.dtype == a.dtype:
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+    """total += a @ b in place (first: total = a @ b), total float32 where a and b are narrower."""
+    if first:
+        set_product(total, a, b)
+    elif total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
         total += a @ b

@@ -233,6 +233,79 @@ def test_horizontal_layer_is_the_sum_over_all_experts():
     assert torch.allclose(layer(x, g1, g2), expected, atol=1e-10, rtol=1e-10)
 
 
+def masked_reference(layer: nn.Module, x, gates, keep: torch.Tensor) -> torch.Tensor:
+    """sum_ij keep_ij sum_h g1_hi g2_hj expert_ij(x), with each expert cut out of the layer."""
+    expected, width = torch.zeros_like(x), layer.config.moe_dim
+    g1, g2 = gates
+    for i, j in keep.nonzero().tolist():
+        if isinstance(layer, MonetMoHDE):
+            first, second = (slice(n * width, (n + 1) * width) for n in (i, j))
+            a = squared_relu(x @ layer.u.weight[first].T + layer.u.bias[first])
+            value = a @ layer.v.weight[:, second].T + layer.b[j]
+        else:
+            first, second = (slice(n * width // 2, (n + 1) * width // 2) for n in (i, j))
+            a = squared_relu(x @ layer.u1.weight[first].T + layer.u1.bias[first])
+            c = squared_relu(x @ layer.u2.weight[second].T + layer.u2.bias[second])
+            left = a @ layer.v11.weight[:, first].T + c @ layer.v12.weight[:, first].T + layer.b1[i]
+            right = a @ layer.v21.weight[:, second].T + c @ layer.v22.weight[:, second].T
+            value = torch.cat([left, right + layer.b2[j]], -1)
+        expected += (g1[..., i] * g2[..., j]).sum(-1, keepdim=True) * value
+    return expected
+
+
+@pytest.mark.parametrize("kind", [MonetMoVDE, MonetMoHDE])
+@pytest.mark.parametrize("elements", [2**22, 5 * 36])  # one chunk; six tokens in chunks of 5
+def test_masked_layer_is_the_sum_over_kept_experts(kind, elements, monkeypatch):
+    monkeypatch.setattr(modeling_monet, "MASKED_ELEMENTS", elements)
+    torch.manual_seed(0)
+    layer = kind(config()).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x, gates = torch.randn(2, 3, 16, dtype=torch.float64), random_gates(2, 6)
+    keep = torch.rand(6, 6) < 0.6
+    assert 0 < keep.sum() < 36
+    found = layer(x, *gates, keep)
+    assert torch.allclose(found, masked_reference(layer, x, gates, keep), atol=1e-10, rtol=1e-10)
+    everything = torch.ones(6, 6, dtype=torch.bool)
+    assert torch.allclose(layer(x, *gates, everything), layer(x, *gates), atol=1e-10, rtol=1e-10)
+    assert layer(x, *gates, ~everything).abs().max() == 0
+    # renormalised: per head, the kept experts' weights sum to 1 again
+    layer.config.renormalize_masked = True
+    share = torch.einsum("bthi,ij,bthj->bth", gates[0], keep.double(), gates[1])[..., None]
+    scaled = (torch.where(share > 0, gates[0] / share, 0.0), gates[1])
+    expected = masked_reference(layer, x, scaled, keep)
+    assert torch.allclose(layer(x, *gates, keep), expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("decompose", ["vertical", "horizontal"])
+def test_purged_experts_stay_purged_in_a_checkpoint(tmp_path, decompose):
+    model, x = monet(moe_decompose=decompose), ids()
+    before = model(x).logits
+    model.save_pretrained(tmp_path / "whole")
+    assert not [n for n in load_file(tmp_path / "whole/model.safetensors") if "keep" in n]
+    keep = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    model.purge_experts(keep)
+    purged = model(x).logits
+    assert not torch.allclose(purged, before, atol=1e-3)
+    model.save_pretrained(tmp_path / "purged")
+    loaded = MonetForCausalLM.from_pretrained(tmp_path / "purged", attn_implementation="eager")
+    assert torch.equal(torch.stack([loaded.model.layers[i].router.keep for i in (0, 2)]), keep)
+    assert torch.equal(loaded.eval()(x).logits, purged)
+    # gradient checkpointing runs masked layers twice; the gradients are the same
+    gradients = []
+    for checkpointing in (False, True):
+        trained = copy.deepcopy(loaded).train()
+        if checkpointing:
+            trained.gradient_checkpointing_enable()
+        trained(x, labels=x).loss.backward()
+        gradients.append([p.grad for p in trained.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+    model.purge_experts(None)
+    assert torch.equal(model(x).logits, before)
+    with pytest.raises(ValueError, match=r"keep: expected shape \(2, 6, 6\), found \(6, 6\)"):
+        model.purge_experts(keep[0])
+
+
 def reference_gates(z: torch.Tensor, mean, variance, topk: int) -> torch.Tensor:
     """The keep rule spelt out: normalise, compare with the quantile, at least the largest."""
     b, t, h, e = z.shape
@@ -456,6 +529,45 @@ def test_tiled_loss_under_autocast_keeps_sums_and_gradients_in_float32():
     for a, b in zip(*results, strict=True):
         difference = (a - b).abs().max() / a.abs().max()
         assert 0 < difference < 2e-2  # bfloat16 products were used, with 8 bits each
+
+
+def test_tiled_loss_gradcheck_and_repeated_backward(monkeypatch):
+    """Against finite differences in float64, in uneven tiles, with ignored rows; gradients that
+    are used twice, scaled, or of no rows at all."""
+    monkeypatch.setattr(modeling_monet, "LOSS_ROWS", 4)
+    monkeypatch.setattr(modeling_monet, "LOSS_COLUMNS", 5)
+    torch.manual_seed(0)
+    x, w = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (7, 13))
+    targets = torch.tensor([0, 12, -100, 5, 4, -100, 9])
+    divisor = torch.tensor(3.0, dtype=torch.float64)
+    call = lambda x, w: LinearCrossEntropy.apply(x, w, targets, divisor)  # noqa: E731
+    assert torch.autograd.gradcheck(call, (x, w), atol=1e-8)
+    loss = call(x, w)
+    once = torch.autograd.grad(loss, (x, w), retain_graph=True)
+    for scale in (1.0, 2.5, 1.0):
+        again = torch.autograd.grad(loss * scale, (x, w), retain_graph=True)
+        for a, b in zip(once, again, strict=True):
+            assert torch.allclose(a * scale, b, rtol=1e-14)
+    x.grad = None
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert torch.allclose(x.grad, 2 * once[0], rtol=1e-14)
+    nothing = LinearCrossEntropy.apply(x[:0], w, targets[:0], divisor)
+    assert nothing == 0
+    assert torch.autograd.grad(nothing, w)[0].abs().max() == 0
+
+
+def test_narrow_heads_are_padded_without_a_trace(monkeypatch):
+    """Zeros change neither logits nor gradients; eager attention is never padded."""
+    x, results = ids(), []
+    for width in (0, 16):
+        monkeypatch.setattr(modeling_monet, "CPU_HEAD_DIM", width)
+        model = monet(attention="sdpa").train()
+        out = model(x, labels=x, output_logits=True)
+        out.loss.backward()
+        results.append([out.logits, *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_a_sure_prediction_costs_no_less_than_nothing_in_bfloat16():
@@ -708,7 +820,7 @@ def test_initial_weights():
     "changes, message",
     [
         ({"hidden_size": 15}, "hidden_size: 15 must be even"),
-        ({"hidden_size": 20}, r"num_attention_heads: 4 must be such that head_dim .*\(5\) is even"),
+        ({"hidden_size": 20}, r"num_attention_heads: 4 must be such that head_dim.*\(5\) is even"),
         ({"moe_topk": 7}, r"moe_topk: 7 must be between 1 and moe_experts \(6\)"),
         ({"moe_topk": 0}, "moe_topk: 0 must be"),
         ({"moe_decompose": "diagonal"}, "moe_decompose: 'diagonal' must be vertical or horizontal"),
