@@ -4,7 +4,7 @@ Reads   data/processed/<key>/ (process_dset.py)
 Writes  runs/<experiment>/models/<k>/ (links into runs/.store/models), provenance.json
 
     python run_clm.py configs/quickstart/n16.yaml                     # CPU, all partitions
-    python run_clm.py configs/c4/n16.yaml partition.index=3 training.bf16=true   # one GPU
+    python run_clm.py configs/c4/n16.yaml partition.index=3          # one GPU, bfloat16 autocast
 """
 
 import shutil

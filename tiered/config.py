@@ -196,6 +196,12 @@ class ModelConfig:
     num_hidden_layers: int = opt(2, "layers", low=1)
     num_attention_heads: int = opt(2, "attention heads", low=1)
     num_key_value_heads: int = opt(0, "key/value heads; 0: as attention heads", low=0)
+    head_dim: int = opt(0, "width of a head; 0: hidden_size // num_attention_heads", low=0)
+    attn_implementation: str = opt(
+        "sdpa",
+        "attention kernel of transformers",
+        choices=("sdpa", "eager", "flash_attention_2"),
+    )
     max_position_embeddings: int = opt(0, "longest input, tokens; 0: data.block_size", low=0)
     rope_theta: float = opt(10000.0, "rotary base", low=1)
     rms_norm_eps: float = opt(1e-6, "epsilon of RMSNorm", low=0)

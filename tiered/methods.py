@@ -31,6 +31,8 @@ def monet_config(config: Config, data: ProcessedData) -> MonetConfig:
     """MonetConfig of a config's model section; 0 stands for what data or other fields fix."""
     section = plain(config.model)
     del section["type"]
+    attention = section.pop("attn_implementation")
+    section["head_dim"] = section["head_dim"] or None
     vocabulary = data.vocab_size
     section["vocab_size"] = section["vocab_size"] or vocabulary
     if section["vocab_size"] < vocabulary:
@@ -47,7 +49,9 @@ def monet_config(config: Config, data: ProcessedData) -> MonetConfig:
     section["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
     tokens = {"pad_token_id": data.pad_id, "eos_token_id": data.separator_id, "bos_token_id": None}
     try:
-        return MonetConfig(**section, **tokens)
+        made = MonetConfig(**section, **tokens)
+        made._attn_implementation = attention
+        return made
     except ValueError as error:
         raise UserError(f"model: {' '.join(str(error).split())}") from None
 

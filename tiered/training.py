@@ -233,14 +233,17 @@ def fit(
 def _make_trainer(
     config: Config, job: Fit, model: PreTrainedModel, blocks: np.ndarray
 ) -> ResumableTrainer:
-    save_steps = config.training.save_steps
+    save_steps, cuda = config.training.save_steps, device_of(config).type == "cuda"
     trackers, callbacks = _trackers(config, job)
     arguments = {
         "save_strategy": "steps" if save_steps else "no",
         "save_steps": save_steps or 500,
         "report_to": trackers or "none",
         "ddp_broadcast_buffers": False,
-        "dataloader_pin_memory": device_of(config).type == "cuda",
+        "dataloader_pin_memory": cuda,
+        # the one place that chooses a precision: float32 on a CPU, whose bfloat16 is far slower;
+        # router and loss stay in float32 under autocast
+        "bf16": cuda,
         "logging_nan_inf_filter": False,  # it would log a diverged model's loss as 0
         **job.arguments,
     }
@@ -249,7 +252,7 @@ def _make_trainer(
             output_dir=str(job.checkpoints),
             run_name=f"{config.name}-{job.label}",
             seed=job.seed,
-            use_cpu=device_of(config).type == "cpu",
+            use_cpu=not cuda,
             num_train_epochs=1,  # OrderedBlocks spells the passes out
             train_sampling_strategy="sequential",
             remove_unused_columns=False,
