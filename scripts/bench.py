@@ -1,0 +1,375 @@
+"""Speed and memory of Monet, as ratios measured side by side in one run.
+
+Every contender lives in a process of its own (its peak memory is its own); they take turns, one
+step each per round, and the median over the rounds is compared with ours. The matrix products that
+no implementation can avoid take part as a contender: the floor.
+
+    python scripts/bench.py train-step --hidden 196 --experts 32 --vocab 119547
+    python scripts/bench.py train-step --vocab 8192 --reference FILE.py --reference-python PYTHON
+    python scripts/bench.py generate --batch 16
+    python scripts/bench.py memory --tokens 1024 4096 16384
+
+--reference names any file that offers MonetConfig and MonetForCausalLM; it may run in another
+interpreter, whose libraries differ from ours.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CASES = {
+    "train-step": ("ours", "plain loss", "products", "llama", "olmoe"),
+    "eval": ("ours", "llama", "olmoe"),
+    "generate": ("ours", "llama"),
+    "purge": ("ours", "masked"),
+    "memory": ("ours", "plain loss"),
+}
+OLMOE_EXPERTS, OLMOE_ACTIVE = 64, 8
+
+
+# ---------------------------------------------------------------- one contender, in its process
+
+
+def build_model(kind: str, size: dict[str, Any]) -> Any:
+    """The model of a contender, on its device."""
+    import torch
+
+    torch.manual_seed(0)
+    if kind == "reference":
+        spec = importlib.util.spec_from_file_location("reference_monet", size["reference"])
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["reference_monet"] = module
+        spec.loader.exec_module(module)
+        config = module.MonetConfig(**monet_sizes(size), pad_token_id=0)
+        config._attn_implementation = "sdpa"
+        model = module.MonetForCausalLM(config)
+    else:
+        sys.path.insert(0, str(ROOT))
+        from modeling_monet import MonetConfig, MonetForCausalLM
+
+        config = MonetConfig(**monet_sizes(size), pad_token_id=0)
+        counts = config.parameter_counts()
+        if kind in ("llama", "olmoe"):
+            model = rival(kind, size, counts["non_embedding"])
+        else:
+            model = MonetForCausalLM(config)
+        if kind == "masked":
+            experts = torch.rand(config.num_routers, config.moe_experts, config.moe_experts)
+            model.purge_experts(experts > 0.1)
+    return model.to(device_of(size))
+
+
+def device_of(size: dict[str, Any]) -> Any:
+    """cuda when present and wanted, else cpu."""
+    import torch
+
+    return torch.device(size["device"])
+
+
+def monet_sizes(size: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments that ours and a reference share."""
+    return {
+        "vocab_size": size["vocab"],
+        "hidden_size": size["hidden"],
+        "num_hidden_layers": size["layers"],
+        "num_attention_heads": size["heads"],
+        "max_position_embeddings": 4096,
+        "moe_dim": size["moe_dim"],
+        "moe_heads": size["moe_heads"],
+        "moe_experts": size["experts"],
+        "moe_topk": size["topk"],
+        "moe_groups": size["groups"],
+        "moe_decompose": size["decompose"],
+    }
+
+
+def rival(kind: str, size: dict[str, Any], budget: int) -> Any:
+    """A Llama of `budget` non-embedding parameters, or an OLMoE that computes as many per token."""
+    from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
+
+    d, layers = size["hidden"], size["layers"]
+    # they want heads that divide the width: as many as ours, or the nearest fewer
+    heads = next(h for h in range(size["heads"], 0, -1) if d % h == 0 and d // h % 2 == 0)
+    rest = budget - layers * (4 * d * d + 2 * d) - d
+    shared = {
+        "vocab_size": size["vocab"],
+        "hidden_size": d,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 4096,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if kind == "llama":
+        inner = max(1, round(rest / (layers * 3 * d)))
+        return LlamaForCausalLM(LlamaConfig(**shared, intermediate_size=inner))
+    # a multiple of 4: its grouped product wants strides of 16 bytes
+    inner = (rest - layers * d * OLMOE_EXPERTS) / (layers * OLMOE_ACTIVE * 3 * d)
+    inner = max(4, 4 * round(inner / 4))
+    moe = {"num_experts": OLMOE_EXPERTS, "num_experts_per_tok": OLMOE_ACTIVE}
+    return OlmoeForCausalLM(OlmoeConfig(**shared, **moe, intermediate_size=inner))
+
+
+def make_step(kind: str, case: str, size: dict[str, Any]) -> Callable[[], None]:
+    """What one turn of a contender does."""
+    import torch
+
+    if kind == "products":
+        return products_step(size)
+    model = build_model(kind, size)
+    rows = max(1, size["tokens"] // size["length"])
+    ids = torch.randint(1, size["vocab"], (rows, size["length"]), device=device_of(size))
+    if case in ("train-step", "memory"):
+        model.train()
+        options = {"output_logits": True} if kind == "plain loss" else {}
+
+        def train() -> None:
+            model.zero_grad(set_to_none=True)
+            loss = model(input_ids=ids, labels=None if options else ids, **options)
+            if options:  # all logits, and cross-entropy on them
+                logits = loss.logits[:, :-1].flatten(0, 1)
+                torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).backward()
+            else:
+                loss.loss.backward()
+
+        return train
+    model.eval()
+    if case == "generate":
+        prompt = ids[:1].expand(size["batch"], -1)[:, : size["prompt"]].contiguous()
+        mask = torch.ones_like(prompt)
+        new = size["new_tokens"]
+
+        @torch.inference_mode()
+        def generate() -> None:
+            model.generate(
+                prompt,
+                attention_mask=mask,
+                min_new_tokens=new,
+                max_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=None,
+            )
+
+        return generate
+
+    @torch.inference_mode()
+    def forward() -> None:
+        # purge: what masks cost, the head apart
+        model(input_ids=ids, **({"logits_to_keep": 1} if case == "purge" else {}))
+
+    return forward
+
+
+def products_step(size: dict[str, Any]) -> Callable[[], None]:
+    """The matrix products of a training step alone: linear maps (forward and both gradients), as
+    few and as large as the algebra allows, and attention's two products per head."""
+    import torch
+
+    d, e, tokens = size["hidden"], size["experts"], size["tokens"]
+    width, k = size["heads"] * (d // size["heads"]), size["moe_dim"] // 2
+    layers, routers = size["layers"], -(-size["layers"] // size["groups"])
+    vertical = size["decompose"] == "vertical"
+    first = 2 * e * k  # both axes of VD, or HD's one
+    shapes = [(d, 3 * width)] * layers + [(width, d)] * layers + [(d, first)] * layers
+    halves = (first + e, d // 2)  # [v11 v12 b1] and [v21 v22 b2]
+    shapes += [halves] * (2 * layers) if vertical else [(first + e, d)] * layers
+    shapes += [(d, 2 * size["moe_heads"] * e)] * routers + [(d, size["vocab"])]
+    device = device_of(size)
+    inputs = {n: torch.randn(tokens, n, device=device) for s in shapes for n in s if n < 2**15}
+    weights = {s: torch.randn(s[1], s[0], device=device) for s in set(shapes)}
+    rows, length, heads = tokens // size["length"], size["length"], size["heads"]
+    head = torch.randn(rows * heads, length, d // heads, device=device)
+    some = max(1, 2**18 // length**2)  # heads whose scores stay in the cache
+    square = torch.randn(some, length, length, device=device)
+
+    def linear(shape: tuple[int, int]) -> None:
+        x, w = inputs[shape[0]], weights[shape]
+        # a wide output is made in slices: kept whole it would cost memory, not products
+        for part in w.split(2**14):
+            y = x @ part.T
+            y @ part
+            y.T @ x
+
+    def step() -> None:
+        for shape in shapes:
+            linear(shape)
+        for _ in range(layers):
+            for part in head.split(some):
+                for _ in range(3):  # scores and values, each with two gradients
+                    torch.bmm(part, part.transpose(1, 2), out=square[: len(part)])
+                    square[: len(part)] @ part
+
+    return step
+
+
+def worker(kind: str, case: str, size: dict[str, Any]) -> None:
+    """Answer each line on stdin with the seconds of one turn and the peak memory so far."""
+    import torch
+
+    torch.set_num_threads(size["threads"])
+    step = make_step(kind, case, size)
+    cuda = size["device"] == "cuda"
+    start = resident_bytes()
+    print(json.dumps({"ready": True}), flush=True)
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if cuda:
+            peak, start = torch.cuda.max_memory_allocated(), 0
+        answer = {"seconds": seconds, "peak": peak, "over_start": peak - start}
+        print(json.dumps(answer), flush=True)
+
+
+def resident_bytes() -> int:
+    """Resident set of this process."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# ---------------------------------------------------------------- the race
+
+
+class Contender:
+    """A worker process that takes its turn when told to."""
+
+    def __init__(self, kind: str, case: str, size: dict[str, Any], python: str) -> None:
+        command = [python, str(Path(__file__).resolve()), "--worker", kind, case, json.dumps(size)]
+        environment = {
+            # as scripts/environment.sh sets them for the pipeline
+            "OMP_WAIT_POLICY": "passive",
+            "MALLOC_MMAP_THRESHOLD_": "33554432",
+            "MALLOC_TRIM_THRESHOLD_": "2000000000",
+            "MALLOC_TOP_PAD_": "134217728",
+            "HF_HUB_OFFLINE": "1",
+            **os.environ,
+        }
+        self.kind, self.answers = kind, []
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._read()
+
+    def _read(self) -> dict[str, Any]:
+        while line := self.process.stdout.readline():
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit(f"bench.py: contender {self.kind!r} died (see its error above)")
+
+    def turn(self) -> None:
+        """One step, noted."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.answers.append(self._read())
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def race(case: str, kinds: list[str], size: dict[str, Any], rounds: int, python: str) -> list[dict]:
+    """Median seconds and peak memory per contender; ratios are theirs over ours."""
+    reference = {"reference": python}
+    contenders = [Contender(k, case, size, reference.get(k, sys.executable)) for k in kinds]
+    for _ in range(rounds + 1):
+        for contender in contenders:
+            contender.turn()
+    rows = []
+    for contender in contenders:
+        contender.close()
+        seconds = [a["seconds"] for a in contender.answers[1:]]  # the first turn warms up
+        rows.append(
+            {
+                "contender": contender.kind,
+                "seconds": statistics.median(seconds),
+                "spread": (max(seconds) - min(seconds)) / statistics.median(seconds),
+                "peak_bytes": contender.answers[-1]["peak"],
+                "peak_over_start_bytes": contender.answers[-1]["over_start"],
+            }
+        )
+    for row in rows:
+        row["time_ratio"] = row["seconds"] / rows[0]["seconds"]
+        row["memory_ratio"] = row["peak_bytes"] / rows[0]["peak_bytes"]
+    return rows
+
+
+def print_rows(title: str, rows: list[dict], tokens: int) -> None:
+    """A Markdown table: seconds, ratio to ours, tokens per second, memory."""
+    print(f"\n{title}\n")
+    print("| contender | ms | time / ours | tokens per s | spread | peak GB | peak / ours |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['contender']} | {1e3 * row['seconds']:.1f} | {row['time_ratio']:.2f} |"
+            f" {tokens / row['seconds']:,.0f} | {row['spread']:.0%} |"
+            f" {row['peak_bytes'] / 1e9:.2f} | {row['memory_ratio']:.2f} |"
+        )
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("case", choices=CASES)
+    sizes = {"hidden": 196, "experts": 32, "vocab": 8192, "layers": 8, "heads": 32, "length": 256}
+    sizes |= {"topk": 8, "groups": 4, "moe-dim": 8, "moe-heads": 8}
+    sizes |= {"batch": 1, "prompt": 32, "new-tokens": 64, "rounds": 7}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024], help="tokens per step")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each")
+    parser.add_argument("--decompose", default="vertical", choices=("vertical", "horizontal"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--only", nargs="+", help="contenders; ours is always the first")
+    parser.add_argument("--reference", type=Path, help="a file that offers another Monet")
+    parser.add_argument("--reference-python", default=sys.executable, help="its interpreter")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Race the contenders of a case, per number of tokens."""
+    if sys.argv[1:2] == ["--worker"]:
+        worker(sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))
+        return
+    given = parse()
+    kinds = list(CASES[given.case])
+    if given.only:
+        kinds = ["ours", *(k for k in given.only if k != "ours")]
+    if given.reference:
+        kinds.append("reference")
+    size = {k: str(v) if isinstance(v, Path) else v for k, v in vars(given).items()}
+    result = {"case": given.case, "size": size, "machine": platform.processor(), "races": []}
+    for tokens in given.tokens:
+        rows = race(
+            given.case, kinds, {**size, "tokens": tokens}, given.rounds, given.reference_python
+        )
+        made = given.batch * given.new_tokens if given.case == "generate" else tokens
+        title = f"{given.case}: {made:,} tokens, hidden {given.hidden}, {given.experts} experts"
+        print_rows(f"{title}, vocabulary {given.vocab:,}, {given.threads} threads", rows, made)
+        result["races"].append({"tokens": tokens, "rows": rows})
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

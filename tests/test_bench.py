@@ -1,0 +1,34 @@
+"""The bench measures: a contender against itself is even, more work takes longer."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_a_contender_against_itself_is_even_and_all_logits_cost_memory(tmp_path):
+    """`reference` is our own file here: another process, the same work. The bound is wide for
+    machines that others share."""
+    sizes = {"hidden": 32, "experts": 8, "vocab": 20_000, "layers": 2, "heads": 2, "topk": 2}
+    options = [f"--{name}={value}" for name, value in sizes.items()]
+    options += ["--tokens=1024", "--threads=1", "--rounds=9", "--only", "plain loss"]
+    options += ["--reference", ROOT / "modeling_monet.py", "--json", tmp_path / "x.json"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/bench.py", "train-step", *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (race,) = json.loads((tmp_path / "x.json").read_text())["races"]
+    rows = {row["contender"]: row for row in race["rows"]}
+    assert list(rows) == ["ours", "plain loss", "reference"]
+    assert rows["ours"]["time_ratio"] == 1
+    assert 0.6 < rows["reference"]["time_ratio"] < 1.6
+    assert 0.9 < rows["reference"]["memory_ratio"] < 1.1
+    # 1,023 x 20,000 logits in float32 are 82 MB
+    more = rows["plain loss"]["peak_bytes"] - rows["ours"]["peak_bytes"]
+    assert more > 82e6
+    assert "| plain loss |" in done.stdout
