@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from tiered.config import Config, run_script
 from tiered.data import ProcessedData
 from tiered.partition import make_partition_map
-from tiered.record import note_provenance, start, timed
+from tiered.record import is_main_process, note_provenance, start, timed
 from tiered.store import link_if_changed, read_json
 from tiered.training import (
     forget_other_partitions,
@@ -44,11 +44,14 @@ def main(config: Config) -> None:
     # 2. processed data
     data = ProcessedData(config)
     start(config, "run_clm")
-    forget_other_partitions(config)
+    if is_main_process():
+        forget_other_partitions(config)
     for k in wanted(config):
         # 3. train partition k, or take it from the store if its inputs are unchanged
         with timed(config, f"run_clm/{k}"):
             folder = train_partition(config, data, partitions, k)
+        if not is_main_process():
+            continue
         if folder is None:
             shutil.rmtree(config.run_dir / "models" / str(k), ignore_errors=True)
             print(f"{config.name} partition {k}: no data (its domains are excluded), no model")

@@ -9,11 +9,19 @@ from pathlib import Path
 from statistics import NormalDist
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import modeling_monet
@@ -763,6 +771,61 @@ def test_left_padded_batch_generates_what_single_rows_do():
     for row, single in enumerate(singles):
         found = logits[row, -single.shape[1] :]
         assert torch.allclose(found, model(single).logits[0], atol=1e-5)
+
+
+def test_sampling_draws_from_the_model():
+    """The first new token's frequencies over many rows are its probabilities."""
+    model, x = monet(attention="sdpa"), ids(1, 6)
+    torch.manual_seed(0)
+    rows = 20_000
+    drawn = model.generate(
+        x.expand(rows, -1), max_new_tokens=1, do_sample=True, top_k=0, pad_token_id=0
+    )[:, -1]
+    frequencies = torch.bincount(drawn, minlength=V) / rows
+    expected = model(x).logits[0, -1].softmax(-1)
+    # five standard errors of a frequency
+    assert (frequencies - expected).abs().max() < 5 * math.sqrt(0.25 / rows)
+    assert expected.max() > 3 / V  # so that a uniform draw would fail
+
+
+def test_beam_search_finds_the_best_of_all_continuations():
+    """With as many beams as words the search over two tokens is exhaustive."""
+    model, x = monet(attention="sdpa", vocab_size=9), ids(1, 5) % 9
+    out = model.generate(
+        x,
+        max_new_tokens=2,
+        min_new_tokens=2,
+        num_beams=9,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    best, found = -math.inf, None
+    for first, second in itertools.product(range(9), repeat=2):
+        whole = torch.cat([x, torch.tensor([[first, second]])], 1)
+        scores = model(whole).logits[0].log_softmax(-1)
+        total = (scores[4, first] + scores[5, second]).item()
+        if total > best:
+            best, found = total, whole
+    assert torch.equal(out.sequences, found)
+
+
+def test_text_generation_pipeline(tmp_path):
+    """transformers' pipeline on a saved checkpoint with its tokenizer: text in, text out."""
+    words = {f"w{i}": i for i in range(V - 1)} | {"[UNK]": V - 1}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="w0")
+    fast.save_pretrained(tmp_path)
+    model = monet(attention="sdpa")
+    model.save_pretrained(tmp_path)
+    generate = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    (answer,) = generate("w5 w7 w9", max_new_tokens=4, do_sample=False)
+    x = torch.tensor([[5, 7, 9]])
+    expected = model.generate(x, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    new = " ".join(f"w{i}" for i in expected[0, 3:].tolist())
+    assert answer["generated_text"] == f"w5 w7 w9{new}"
 
 
 def test_logits_to_keep_is_the_tail():

@@ -39,6 +39,11 @@ def set_up_process(config: Config) -> None:
     disable_progress_bar()
 
 
+def is_main_process() -> bool:
+    """Whether this process writes: rank 0 under torchrun, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def device_of(config: Config) -> torch.device:
     """The device of a config: cuda when present and allowed, else cpu.
 
@@ -72,6 +77,8 @@ def environment(config: Config) -> dict[str, Any]:
 def start(config: Config, stage: str) -> None:
     """Write config.yaml and record.json of the run folder, before the stage does any work."""
     set_up_process(config)
+    if not is_main_process():
+        return
     folder = config.run_dir
     text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
     write_text(folder / "config.yaml", text)
@@ -122,6 +129,8 @@ def timed(config: Config, stage: str) -> Iterator[Timer]:
     timer, begin = Timer(), time.perf_counter()
     yield timer
     timer.seconds = time.perf_counter() - begin
+    if not is_main_process():
+        return
     path = config.run_dir / TIMINGS
     timings = read_json(path) if path.is_file() else {}
     timings[stage] = {

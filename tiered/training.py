@@ -33,7 +33,13 @@ from tiered.config import Config, plain
 from tiered.data import ProcessedData, position_ids
 from tiered.methods import MODELS
 from tiered.partition import PartitionMap, make_partition_map
-from tiered.record import device_of, environment, peak_memory_bytes, set_up_process
+from tiered.record import (
+    device_of,
+    environment,
+    is_main_process,
+    peak_memory_bytes,
+    set_up_process,
+)
 from tiered.store import (
     TIMINGS,
     UserError,
@@ -143,6 +149,7 @@ class ResumableTrainer(Trainer):
         }
 
     def _save_checkpoint(self, model, trial) -> None:
+        average_statistics(self.model)
         if not self.args.should_save:
             return
         folder = self.checkpoints / f"checkpoint-{self.state.global_step:08d}"
@@ -160,6 +167,17 @@ class ResumableTrainer(Trainer):
     def _load_rng_state(self, checkpoint_folder) -> None:
         if checkpoint_folder is not None:
             checkpoint.load_random_state(Path(checkpoint_folder))
+
+
+@torch.no_grad()
+def average_statistics(model: torch.nn.Module) -> None:
+    """Average running statistics over ranks: each has seen its own rows; weights are equal."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for name, buffer in model.named_buffers():
+        if name in model.state_dict() and buffer.is_floating_point():
+            torch.distributed.all_reduce(buffer)
+            buffer /= torch.distributed.get_world_size()
 
 
 @dataclass
@@ -205,6 +223,7 @@ def fit(
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = trainer.seconds_before + time.perf_counter() - trainer.begin
     _finish_trackers(config)
+    average_statistics(trainer.model)
     if not trainer.args.should_save:
         return
     model = trainer.model.to("cpu").eval()
@@ -295,7 +314,7 @@ def _trackers(config: Config, job: Fit) -> tuple[list[str], list[TrainerCallback
 
         names.remove("tensorboard")
         folder = config.run_dir / "tensorboard" / "-".join(re.findall(r"[\w.]+", job.label))
-        if os.environ.get("RANK", "0") == "0":
+        if is_main_process():
             callbacks.append(TensorBoardCallback(SummaryWriter(str(folder))))
     return names, callbacks
 

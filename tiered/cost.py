@@ -1,0 +1,109 @@
+"""Model sizes on paper: widths that spend an equal budget at every number of partitions.
+
+    python -m tiered.cost A --vocab 119547                  # equal totals, published head layout
+    python -m tiered.cost D --vocab 32768 --head-dim 64
+
+Budgets (n partition models against the one model of n = 1): A equal total parameters; B equal
+parameters without embeddings; C equal computation (every model has the size of n = 1, the tokens
+are split by n); D as A with a small vocabulary. Experts per axis shrink with n, as published.
+"""
+
+import argparse
+import copy
+from collections.abc import Iterator
+
+from modeling_monet import MonetConfig
+
+COUNTED = {"A": "total", "B": "non_embedding", "D": "total"}
+BUDGETS = ("A", "B", "C", "D")
+OVERHANG = 0.005  # how much nearer the count must come for heads that are wider than the model
+
+
+def published_size(vocab_size: int, head_dim: int = 0) -> MonetConfig:
+    """The published model of n = 1; head_dim 0: its 32 heads."""
+    return MonetConfig(
+        vocab_size=vocab_size,
+        hidden_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=2048 // head_dim if head_dim else 32,
+        moe_dim=8,
+        moe_heads=8,
+        moe_experts=512,
+        moe_topk=8,
+        moe_groups=4,
+    )
+
+
+def solve_width(n: int, budget: str, reference: MonetConfig, head_dim: int = 0) -> MonetConfig:
+    """The size of each of n partition models whose sum comes nearest to the reference's count.
+
+    reference: the model of n = 1. head_dim: width of a head, as many of them as fit; 0: the
+    reference's number of heads, as wide as fits (even). One head more, or heads 2 wider, where that
+    brings the count 0.5 % nearer. Ties go to the narrower model. Raises ValueError for an unknown
+    budget.
+    """
+    if budget not in BUDGETS:
+        raise ValueError(f"budget: {budget!r} is not one of {', '.join(BUDGETS)}")
+    if n == 1 or budget == "C":
+        return copy.deepcopy(reference)
+    target = reference.parameter_counts()[COUNTED[budget]] / n
+
+    def distance(size: MonetConfig) -> float:
+        spent = size.parameter_counts()[COUNTED[budget]]
+        overhang = size.num_attention_heads * size.head_dim > size.hidden_size
+        return abs(spent / target - 1) + OVERHANG * overhang
+
+    return min(_sizes(n, reference, head_dim), key=distance)
+
+
+def _sizes(n: int, reference: MonetConfig, head_dim: int) -> Iterator[MonetConfig]:
+    """Every size that could be chosen, from narrow to wide."""
+    experts = max(2, reference.moe_experts // n)
+    for hidden in range(2, reference.hidden_size + 1, 2):
+        if head_dim:
+            fits = hidden // head_dim
+            layouts = [(count, head_dim) for count in (fits, fits + 1) if count]
+        else:
+            heads = reference.num_attention_heads
+            fits = hidden // heads // 2 * 2
+            layouts = [(heads, width) for width in (fits, fits + 2) if width]
+        for count, width in layouts:
+            size = copy.copy(reference)
+            size.hidden_size, size.moe_experts = hidden, experts
+            size.moe_topk = min(reference.moe_topk, experts)
+            size.num_attention_heads = size.num_key_value_heads = count
+            size.head_dim = width
+            yield size
+
+
+def main() -> None:
+    """Command line: a table of sizes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("budget", choices=BUDGETS)
+    parser.add_argument("--vocab", type=int, default=119547, help="default 119547 (mBERT)")
+    parser.add_argument("--head-dim", type=int, default=0, help="0: 32 heads, as published")
+    parser.add_argument("--n", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    given = parser.parse_args()
+    reference = published_size(given.vocab, given.head_dim)
+    whole = reference.parameter_counts()
+    counted = COUNTED.get(given.budget, "computed_per_token")
+    print(
+        "| n | hidden | experts | heads x width | parameters, all | without embeddings, all |"
+        " computed per token, one | against n = 1 |\n|---|---|---|---|---|---|---|---|"
+    )
+    for n in given.n:
+        size = solve_width(n, given.budget, reference, given.head_dim)
+        counts = size.parameter_counts()
+        models = 1 if given.budget == "C" else n
+        print(
+            f"| {n} | {size.hidden_size} | {size.moe_experts} |"
+            f" {size.num_attention_heads} x {size.head_dim} | {n * counts['total']:,} |"
+            f" {n * counts['non_embedding']:,} | {counts['computed_per_token']:,} |"
+            f" {models * counts[counted] / whole[counted] - 1:+.2%} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
