@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from tiered.config import Config, run_script
 from tiered.data import ProcessedData
 from tiered.partition import make_partition_map
-from tiered.record import is_main_process, note_provenance, start, timed
+from tiered.record import is_main_process, leave_ranks, note_provenance, start, timed
 from tiered.store import link_if_changed, read_json
 from tiered.training import (
     forget_other_partitions,
@@ -69,3 +69,4 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     run_script(main, __doc__, prepare)
+    leave_ranks()

@@ -1,6 +1,7 @@
 """The run record: what was run, on what, with which versions; written first, before any work."""
 
 import dataclasses
+import gc
 import importlib.metadata
 import os
 import platform
@@ -42,6 +43,15 @@ def set_up_process(config: Config) -> None:
 def is_main_process() -> bool:
     """Whether this process writes: rank 0 under torchrun, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def leave_ranks() -> None:
+    """End the process group, if there is one, when all ranks are done: a rank whose peers are gone
+    can wait for them for ever while it tears its group down."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # models that hold the group
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def device_of(config: Config) -> torch.device:

@@ -224,8 +224,20 @@ def fit(
     seconds = trainer.seconds_before + time.perf_counter() - trainer.begin
     _finish_trackers(config)
     average_statistics(trainer.model)
-    if not trainer.args.should_save:
-        return
+    if trainer.args.should_save:
+        _publish(job, trainer, blocks, finish, seconds)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # no rank goes on before the model stands
+
+
+def _publish(
+    job: Fit,
+    trainer: ResumableTrainer,
+    blocks: np.ndarray,
+    finish: Callable[[PreTrainedModel, Path], dict[str, Any]],
+    seconds: float,
+) -> None:
+    """Write the trained model, its log and its record to job.folder; drop the checkpoints."""
     model = trainer.model.to("cpu").eval()
     for name, weights in model.named_parameters():
         if not weights.isfinite().all():
