@@ -9,6 +9,7 @@ m moe_dim (expert width), k = m / 2, V vocabulary. Gates g1, g2 are (B, T, H, E)
 to 1 over E: the factored forms below rest on that.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -311,6 +312,13 @@ class MonetRouter(nn.Module):
         if config.freeze_router:
             self.requires_grad_(False)
 
+    def train(self, mode: bool = True) -> "MonetRouter":
+        """As in torch; a frozen router stays frozen after from_pretrained, which makes parameters
+        anew and then calls this."""
+        if self.config.freeze_router:
+            self.requires_grad_(False)
+        return super().train(mode)
+
     def forward(self, x: torch.Tensor, valid: torch.Tensor | None) -> tuple[Gates, torch.Tensor]:
         """Gates, and batch statistics (2, 3, H): per axis mean, biased variance and count.
 
@@ -406,10 +414,19 @@ def mix_masked(
     return on_i[..., -1], on_j[..., -1], on_i[..., :-1], on_j[..., :-1]
 
 
+# A head whose kept experts hold less of its weight counts as one without any: it is not blown up.
+LEAST_SHARE = 1e-4
+
+
 def renormalized(g1: torch.Tensor, g2: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """g1 over the share of its head's weight that kept experts hold; 0 where they hold none."""
-    share = ((g1 @ keep) * g2).sum(-1, keepdim=True)  # (B, T, H, 1)
-    return g1 * torch.where(share > 0, 1 / share, 0.0)
+    wide = torch.promote_types(g1.dtype, torch.float32)
+    first, second = g1.to(wide), g2.to(wide)
+    share = ((first @ keep.to(wide)) * second).sum(-1, keepdim=True)  # (B, T, H, 1)
+    held = share > LEAST_SHARE
+    # the inner choice keeps a division by 0 out of the gradient
+    scale = torch.where(held, 1 / torch.where(held, share, 1.0), 0.0)
+    return (first * scale).to(g1.dtype)
 
 
 class MonetMoHDE(nn.Module):
@@ -575,11 +592,15 @@ class MonetPreTrainedModel(PreTrainedModel):
         The weights of kept experts stay as they are, or are scaled so that each head's sum to 1
         (renormalize). The weights of purged experts stay in the checkpoint: i and j are shared.
         """
-        config, routers = self.config, [m for m in self.modules() if isinstance(m, MonetRouter)]
+        routers = [m for m in self.modules() if isinstance(m, MonetRouter)]
+        shared, config = self.config, copy.deepcopy(self.config)
         expected = (len(routers), config.moe_experts, config.moe_experts)
         if keep is not None and tuple(keep.shape) != expected:
             raise ValueError(f"keep: expected shape {expected}, found {tuple(keep.shape)}")
         config.expert_masks, config.renormalize_masked = keep is not None, renormalize
+        for module in self.modules():  # another model may hold the config it was made from
+            if getattr(module, "config", None) is shared:
+                module.config = config
         for group, router in enumerate(routers):
             if keep is None:
                 router._buffers.pop("keep", None)

@@ -355,6 +355,11 @@ def main() -> None:
     kinds = list(CASES[given.case])
     if given.only:
         kinds = ["ours", *(k for k in given.only if k != "ours")]
+    known = {kind for case in CASES.values() for kind in case}
+    if unknown := set(kinds) - known:
+        raise SystemExit(f"bench.py: --only: {', '.join(unknown)}: not one of {', '.join(known)}")
+    if any(tokens % given.length for tokens in given.tokens):
+        raise SystemExit(f"bench.py: --tokens: whole rows of --length {given.length} are needed")
     if given.reference:
         kinds.append("reference")
     size = {k: str(v) if isinstance(v, Path) else v for k, v in vars(given).items()}

@@ -46,6 +46,9 @@ def test_equal_computation_keeps_the_size_and_bad_budgets_are_named():
     assert solve_width(16, "C", reference).to_dict() == reference.to_dict()
     with pytest.raises(ValueError, match="budget: 'E' is not one of A, B, C, D"):
         solve_width(2, "E", reference)
+    with pytest.raises(ValueError, match="n: 257 must be between 1 and 256"):
+        solve_width(257, "A", reference)
+    assert published_size(8192, 100).head_dim == 100
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8, 16])

@@ -39,6 +39,12 @@ def test_mean_expert_weights_by_loops(model):
     assert torch.allclose(found.sum((1, 2)), torch.tensor(2.0).double(), atol=1e-5)
     with pytest.raises(ValueError, match="no tokens"):
         mean_expert_weights(model, [])
+    # a model in training mode is read as in evaluation, and left as it was
+    statistics = model.model.layers[0].router.norm1.running_mean.clone()
+    model.train()
+    assert torch.equal(mean_expert_weights(model, x.split(2)), found) and model.training
+    assert torch.equal(model.model.layers[0].router.norm1.running_mean, statistics)
+    model.eval()
 
 
 def test_an_expert_is_a_domains_from_twice_every_others_score():
@@ -50,6 +56,8 @@ def test_an_expert_is_a_domains_from_twice_every_others_score():
     assert experts_of(scores, "a").tolist() == [[[True, False, False, False]]]
     assert experts_of(scores, "b").any().item() is False
     assert experts_of(scores, "c").tolist() == [[[False, False, False, True]]]
+    with pytest.raises(ValueError, match="domain: 'x' and at least one other"):
+        experts_of(scores, "x")
     assert experts_of(scores, "a", 1.5).tolist() == [[[True, True, False, False]]]
 
 

@@ -34,6 +34,7 @@ from modeling_monet import (
     MonetRouter,
     ambiguity_loss,
     document_bounds,
+    renormalized,
     squared_relu,
     uniformity_loss,
 )
@@ -283,6 +284,37 @@ def test_masked_layer_is_the_sum_over_kept_experts(kind, elements, monkeypatch):
     scaled = (torch.where(share > 0, gates[0] / share, 0.0), gates[1])
     expected = masked_reference(layer, x, scaled, keep)
     assert torch.allclose(layer(x, *gates, keep), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_renormalised_masks_train_and_tiny_shares_do_not_blow_up():
+    """A head without kept experts has a gradient, 0; one with nearly none counts as without."""
+    g1 = torch.tensor([[[[0.0, 1.0]], [[1e-5, 1.0]], [[0.5, 0.5]]]], requires_grad=True)
+    g2 = torch.tensor([[[[1.0, 0.0]], [[1.0, 0.0]], [[1.0, 0.0]]]])
+    keep = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        found = renormalized(g1.to(dtype), g2.to(dtype), keep.to(dtype))
+        assert found[0, :, 0].tolist() == [[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+        (gradient,) = torch.autograd.grad(found.float().sum(), g1)
+        assert gradient.isfinite().all() and gradient[0, :2].abs().max() == 0
+
+
+def test_purging_a_model_touches_no_other_of_the_same_config():
+    made = config()
+    first, second = MonetForCausalLM(made).eval(), MonetForCausalLM(made).eval()
+    keep = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    first.purge_experts(keep, renormalize=True)
+    before = first(ids()).logits
+    second.purge_experts(None)
+    assert torch.equal(first(ids()).logits, before)
+    assert first.config.expert_masks and not second.config.expert_masks
+    assert not made.expert_masks
+
+
+def test_a_frozen_router_stays_frozen_when_loaded(tmp_path):
+    monet(freeze_router=True).save_pretrained(tmp_path)
+    loaded = MonetForCausalLM.from_pretrained(tmp_path).train()
+    assert not any(p.requires_grad for n, p in loaded.named_parameters() if ".router." in n)
+    assert all(p.requires_grad for n, p in loaded.named_parameters() if ".router." not in n)
 
 
 @pytest.mark.parametrize("decompose", ["vertical", "horizontal"])

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from modeling_monet import MonetForCausalLM
@@ -24,7 +25,7 @@ def convert(source: str, target: Path) -> int:
     """Write the checkpoint; its number of parameters. Raises UserError where tensors disagree."""
     try:
         model, info = MonetForCausalLM.from_pretrained(source, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{source}: cannot be loaded ({' '.join(str(error).split())[:300]})"
         ) from None
@@ -43,10 +44,10 @@ def convert(source: str, target: Path) -> int:
             AutoTokenizer.from_pretrained(source).save_pretrained(path)
         except (OSError, ValueError, KeyError):
             print(f"{source}: no tokenizer; the checkpoint has none either")
-    with torch.inference_mode():
-        found = MonetForCausalLM.from_pretrained(target).eval()(ids).logits
-    if not torch.equal(found, expected):
-        raise UserError(f"{target}: predicts otherwise than {source}")
+        with torch.inference_mode():
+            found = MonetForCausalLM.from_pretrained(path).eval()(ids).logits
+        if not torch.equal(found, expected):
+            raise UserError(f"{target}: would predict otherwise than {source}; not written")
     return sum(p.numel() for p in model.parameters())
 
 
@@ -62,7 +63,7 @@ def main() -> None:
         parser.error(f"{given.target} exists")
     try:
         count = convert(given.source, given.target)
-    except UserError as error:
+    except (UserError, OSError, SafetensorError) as error:
         print(f"tiered.convert: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f"{given.target}: {count:,} parameters, equal predictions")

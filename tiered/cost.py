@@ -25,7 +25,8 @@ def published_size(vocab_size: int, head_dim: int = 0) -> MonetConfig:
         vocab_size=vocab_size,
         hidden_size=2048,
         num_hidden_layers=8,
-        num_attention_heads=2048 // head_dim if head_dim else 32,
+        num_attention_heads=max(1, 2048 // head_dim) if head_dim else 32,
+        head_dim=head_dim or None,
         moe_dim=8,
         moe_heads=8,
         moe_experts=512,
@@ -40,8 +41,12 @@ def solve_width(n: int, budget: str, reference: MonetConfig, head_dim: int = 0) 
     reference: the model of n = 1. head_dim: width of a head, as many of them as fit; 0: the
     reference's number of heads, as wide as fits (even). One head more, or heads 2 wider, where that
     brings the count 0.5 % nearer. Ties go to the narrower model. Raises ValueError for an unknown
-    budget.
+    budget, for n beyond half the experts, and for grouped heads.
     """
+    if not 1 <= n <= reference.moe_experts // 2:
+        raise ValueError(f"n: {n} must be between 1 and {reference.moe_experts // 2}")
+    if reference.num_key_value_heads != reference.num_attention_heads:
+        raise ValueError("num_key_value_heads: grouped heads are not solved for")
     if budget not in BUDGETS:
         raise ValueError(f"budget: {budget!r} is not one of {', '.join(BUDGETS)}")
     if n == 1 or budget == "C":
@@ -86,17 +91,25 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=0, help="0: 32 heads, as published")
     parser.add_argument("--n", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     given = parser.parse_args()
-    reference = published_size(given.vocab, given.head_dim)
-    whole = reference.parameter_counts()
-    counted = COUNTED.get(given.budget, "computed_per_token")
+    try:
+        print_table(
+            given.budget, given.n, published_size(given.vocab, given.head_dim), given.head_dim
+        )
+    except ValueError as error:
+        parser.error(" ".join(str(error).split()))
+
+
+def print_table(budget: str, counts_of_n: list[int], reference: MonetConfig, head_dim: int) -> None:
+    """Sizes per n as Markdown, with the sum's distance from the reference's count."""
+    sizes = [solve_width(n, budget, reference, head_dim) for n in counts_of_n]
+    whole, counted = reference.parameter_counts(), COUNTED.get(budget, "computed_per_token")
     print(
         "| n | hidden | experts | heads x width | parameters, all | without embeddings, all |"
         " computed per token, one | against n = 1 |\n|---|---|---|---|---|---|---|---|"
     )
-    for n in given.n:
-        size = solve_width(n, given.budget, reference, given.head_dim)
+    for n, size in zip(counts_of_n, sizes, strict=True):
         counts = size.parameter_counts()
-        models = 1 if given.budget == "C" else n
+        models = 1 if budget == "C" else n
         print(
             f"| {n} | {size.hidden_size} | {size.moe_experts} |"
             f" {size.num_attention_heads} x {size.head_dim} | {n * counts['total']:,} |"

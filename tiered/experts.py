@@ -33,7 +33,7 @@ def record_gates(model: torch.nn.Module) -> Iterator[list[Gates]]:
     finally:
         for hook in hooks:
             hook.remove()
-    for kept in steps:
+    for kept in filter(None, steps):  # none where nothing was read
         first, second = (torch.cat(axis, 1) for axis in zip(*kept, strict=True))
         gates.append((first, second))
 
@@ -42,14 +42,18 @@ def record_gates(model: torch.nn.Module) -> Iterator[list[Gates]]:
 def mean_expert_weights(model: torch.nn.Module, batches: Iterable[torch.Tensor]) -> torch.Tensor:
     """Mean over tokens of sum_h g1_hi g2_hj, (G, E, E) float64 on the CPU.
 
-    batches: input ids (B, T) without padding. Every group's weights sum to H.
+    batches: input ids (B, T) without padding. Every group's weights sum to H. The model is read
+    in evaluation mode: training mode would move its running statistics.
     """
     device, total, tokens = next(model.parameters()).device, None, 0
+    training = model.training
+    model.eval()
     for ids in batches:
         out = model(input_ids=ids.to(device), output_router_probs=True, logits_to_keep=1)
         sums = torch.stack([g1.flatten(0, 2).T @ g2.flatten(0, 2) for g1, g2 in out.router_probs])
         total = sums.double() if total is None else total + sums.double()
         tokens += ids.numel()
+    model.train(training)
     if total is None:
         raise ValueError("mean_expert_weights: no tokens")
     return (total / tokens).cpu()
@@ -69,8 +73,13 @@ def expert_scores(
 def experts_of(scores: dict[str, torch.Tensor], domain: str, ratio: float = 2.0) -> torch.Tensor:
     """Experts (G, E, E) bool that are a domain's: S_D > 0 and S_D >= ratio * every other's score.
 
-    The rest are generalists or another domain's. (arXiv:2412.04139, where ratio is 2.)
+    The rest are generalists or another domain's. (arXiv:2412.04139, where ratio is 2.) Raises
+    ValueError for a domain without scores or without others to compare with.
     """
+    if domain not in scores or len(scores) < 2:
+        raise ValueError(
+            f"domain: {domain!r} and at least one other need scores, found {list(scores)}"
+        )
     others = torch.stack([s for name, s in scores.items() if name != domain])
     own = scores[domain]
     return (own > 0) & (own >= ratio * others.amax(0))

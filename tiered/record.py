@@ -87,6 +87,8 @@ def environment(config: Config) -> dict[str, Any]:
 def start(config: Config, stage: str) -> None:
     """Write config.yaml and record.json of the run folder, before the stage does any work."""
     set_up_process(config)
+    if stage != "run_clm" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{stage}: runs in one process; torchrun is for run_clm.py")
     if not is_main_process():
         return
     folder = config.run_dir

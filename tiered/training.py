@@ -466,6 +466,7 @@ def train_partition(
             "partition": {"members": sorted(partitions.members[k]), "present": sorted(identity)},
             "blocks": {d: rows for d, (_, rows) in identity.items()},
             "batch_rows": batch_rows(config, partitions.share(k)),
+            "environment": environment(config),
         },
     )
 
