@@ -7,6 +7,7 @@ import os
 import sys
 
 import torch
+from safetensors.torch import save_file
 
 from modeling_monet import MonetConfig, MonetForCausalLM
 
@@ -33,7 +34,8 @@ def main(folder: str) -> None:
     half = rows()[2 * rank : 2 * rank + 2]
     wrapped(input_ids=half, labels=half).loss.backward()
     if rank == 0:
-        torch.save([p.grad for p in wrapped.module.parameters()], f"{folder}/gradients.pt")
+        gradients = {name: p.grad for name, p in wrapped.module.named_parameters()}
+        save_file(gradients, f"{folder}/gradients.safetensors")
     torch.distributed.barrier()
     os._exit(0)  # gloo's teardown can wait for a peer that has gone
 

@@ -6,7 +6,7 @@
 SOURCE is a hub name or a folder. Names and shapes are the same in both; what is checked is that
 every tensor found its place, that none was left over, and that the written checkpoint predicts bit
 for bit what the loaded one does. The result loads anywhere through AutoModelForCausalLM
-(trust_remote_code), with trained routers, masks and the tiled loss of `modeling_monet.py`.
+(trust_remote_code) and has what `modeling_monet.py` adds: the tiled loss, purged experts.
 """
 
 import argparse

@@ -11,6 +11,7 @@ import torch
 
 from modeling_monet import Gates, MonetRouter
 from tiered.data import ProcessedData
+from tiered.store import UserError
 
 
 @contextmanager
@@ -48,7 +49,7 @@ def mean_expert_weights(model: torch.nn.Module, batches: Iterable[torch.Tensor])
     device, total, tokens = next(model.parameters()).device, None, 0
     training = model.training
     model.eval()
-    for ids in batches:
+    for ids in filter(len, batches):  # a split without a block is one empty batch
         out = model(input_ids=ids.to(device), output_router_probs=True, logits_to_keep=1)
         sums = torch.stack([g1.flatten(0, 2).T @ g2.flatten(0, 2) for g1, g2 in out.router_probs])
         total = sums.double() if total is None else total + sums.double()
@@ -66,6 +67,8 @@ def expert_scores(
     scores = {}
     for domain in data.domains:
         blocks = torch.from_numpy(np.ascontiguousarray(data.blocks(domain, split), dtype=np.int64))
+        if not len(blocks):
+            raise UserError(f"domain {domain}: no block in its {split} split; nothing to score")
         scores[domain] = mean_expert_weights(model, blocks.split(batch_rows))
     return scores
 
