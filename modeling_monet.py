@@ -5,11 +5,12 @@ first axis and factor j of the second, so E^2 experts cost O(E) parameters. A ro
 heads a sparse distribution over both axes; it is shared by `moe_groups` consecutive layers.
 
 Shapes: B batch, T tokens, D hidden_size, H moe_heads, E moe_experts (i, j: the two axes),
-m moe_dim (expert width), k = m / 2, V vocabulary. Gates g1, g2 are (B, T, H, E), float32, and sum
-to 1 over E: the factored forms below rest on that.
+m moe_dim (expert width), k = m / 2, V vocabulary. Gates g = [g1, g2] are (2, B, T, H, E), float32,
+and sum to 1 over E: the factored forms below rest on that.
 """
 
 import copy
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, is_liger_kernel_available
 
 Gates = tuple[torch.Tensor, torch.Tensor]
 
@@ -162,22 +163,9 @@ class MonetConfig(PreTrainedConfig):
         return 2 * counts["computed_per_token"] + self.num_hidden_layers * (attention + mixing)
 
 
-class MonetRMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32 (float64 stays float64)."""
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(hidden_size))
-        self.variance_epsilon = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(x.dtype)
-
-
 class MonetRotaryEmbedding(nn.Module):
-    """Rotary position embedding: cos and sin (B, T, head_dim) of the rotate-half layout."""
+    """Rotary position embedding: cos and signed sin, each (B, 1, T, head_dim), of the rotate-half
+    layout (see `rotate`)."""
 
     def __init__(self, config: MonetConfig) -> None:
         super().__init__()
@@ -200,14 +188,15 @@ class MonetRotaryEmbedding(nn.Module):
     @torch.no_grad()
     def forward(self, x: torch.Tensor, positions: torch.Tensor) -> Gates:
         angles = positions[..., None].float() * self.inv_freq.float()
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = angles.cos(), angles.sin()
+        pairs = (torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
+        return pairs[0][:, None].to(x.dtype), pairs[1][:, None].to(x.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x (B, heads, T, head_dim) by its positions' angles."""
-    first, second = x.chunk(2, -1)
-    return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+    """Rotate x (B, heads, T, head_dim) by its positions' angles: its halves [a, b] become
+    [a cos - b sin, b cos + a sin]; the sign stands in sin."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def eager_attention_forward(
@@ -274,7 +263,8 @@ class MonetAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         fused = x.device.type == "cpu" and self.config._attn_implementation == "sdpa"
-        spare = CPU_HEAD_DIM - self.head_dim if fused else 0
+        # a single query is read against all keys: padding them costs more than it saves
+        spare = CPU_HEAD_DIM - self.head_dim if fused and x.shape[1] > 1 else 0
         if spare > 0:  # zeros change no score and no mixture of the first head_dim entries
             query, key, value = (F.pad(t, (0, spare)) for t in (query, key, value))
         mixed, weights = attend(
@@ -307,6 +297,8 @@ class MonetRouter(nn.Module):
         self.w2 = nn.Linear(config.hidden_size, h * e, bias=False)
         self.norm1 = nn.BatchNorm1d(h, affine=False)
         self.norm2 = nn.BatchNorm1d(h, affine=False)
+        share = 1 - config.moe_topk / e
+        self.quantile = NormalDist().inv_cdf(share) if share > 0 else -math.inf
         if config.expert_masks:  # (E, E): True where expert ij of this group may be used
             self.register_buffer("keep", torch.ones(config.moe_experts, config.moe_experts).bool())
         if config.freeze_router:
@@ -319,57 +311,49 @@ class MonetRouter(nn.Module):
             self.requires_grad_(False)
         return super().train(mode)
 
-    def forward(self, x: torch.Tensor, valid: torch.Tensor | None) -> tuple[Gates, torch.Tensor]:
-        """Gates, and batch statistics (2, 3, H): per axis mean, biased variance and count.
+    def forward(
+        self, x: torch.Tensor, valid: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gates (2, B, T, H, E), and batch statistics (3, 2, H): mean, biased variance, count.
 
         x (B, T, D); valid (B, T) marks tokens that are not padding (None: all). The running
         statistics are not touched here: gradient checkpointing runs this method twice.
         """
+        h, e = self.config.moe_heads, self.config.moe_experts
         # float32 under autocast too: a score near the threshold would fall to either side of it
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            pairs = [
-                self._axis(F.linear(wide, w.weight.to(wide.dtype)), n, valid)
-                for w, n in self._axes()
-            ]
-        return (pairs[0][0], pairs[1][0]), torch.stack([pairs[0][1], pairs[1][1]])
-
-    def _axes(self) -> list[tuple[nn.Linear, nn.BatchNorm1d]]:
-        return [(self.w1, self.norm1), (self.w2, self.norm2)]
-
-    def _axis(
-        self, scores: torch.Tensor, norm: nn.BatchNorm1d, valid: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        h, e = self.config.moe_heads, self.config.moe_experts
-        z = scores.unflatten(-1, (h, e))  # (B, T, H, E)
-        with torch.no_grad():
-            statistics = self._statistics(z, valid) if self.training else z.new_zeros(3, h)
-            mean, variance = (
-                statistics[:2]
-                if self.training
-                else (norm.running_mean.to(z.dtype), norm.running_var.to(z.dtype))
-            )
-            # Normalising is monotonic, so the threshold is moved to the raw scores instead.
-            share = 1 - self.config.moe_topk / e
-            quantile = NormalDist().inv_cdf(share) if share > 0 else -math.inf
-            threshold = mean + quantile * torch.sqrt(variance + norm.eps)  # (H,)
-            threshold = torch.minimum(z.amax(-1), threshold)  # (B, T, H)
-            dropped = z < threshold[..., None]
-        return z.masked_fill(dropped, -1e10).softmax(-1), statistics
+            scores = [F.linear(wide, w.weight.to(wide.dtype)) for w in (self.w1, self.w2)]
+            z = torch.stack(scores).unflatten(-1, (h, e))  # (2, B, T, H, E)
+            with torch.no_grad():
+                statistics = self._statistics(z, valid)
+                # Normalising is monotonic, so the threshold is moved to the raw scores instead.
+                deviation = torch.sqrt(statistics[1] + self.norm1.eps)
+                threshold = statistics[0] + self.quantile * deviation  # (2, H)
+                threshold = torch.minimum(z.amax(-1), threshold[:, None, None])  # (2, B, T, H)
+                dropped = z < threshold[..., None]
+            return z.masked_fill(dropped, -1e10).softmax(-1), statistics
 
     def _statistics(self, z: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-        """Mean, biased variance and count (3, H) over valid tokens and experts."""
-        if valid is not None:
-            z = z[valid]
-        flat = z.flatten(0, -3)  # (tokens, H, E)
-        variance, mean = torch.var_mean(flat, dim=(0, 2), correction=0)
-        count = torch.full_like(mean, float(flat.shape[0] * flat.shape[2]))
+        """Mean, biased variance and count (3, 2, H): in training over valid tokens and experts,
+        otherwise the running ones (with a count of 0)."""
+        if not self.training:
+            norms = (self.norm1, self.norm2)
+            mean = torch.stack([n.running_mean for n in norms]).to(z.dtype)
+            variance = torch.stack([n.running_var for n in norms]).to(z.dtype)
+            return torch.stack([mean, variance, torch.zeros_like(mean)])
+        flat = z.flatten(1, 2) if valid is None else z[:, valid]  # (2, tokens, H, E)
+        mean = flat.mean((1, 3))
+        # two passes: a third of the time that torch.var_mean takes over these dimensions
+        variance = (flat - mean[:, None, :, None]).square_().mean((1, 3))
+        count = torch.full_like(mean, float(flat.shape[1] * flat.shape[3]))
         return torch.stack([mean, variance, count])
 
     @torch.no_grad()
     def update_running_statistics(self, statistics: torch.Tensor) -> None:
         """Move the running mean and (unbiased) variance by one batch, as BatchNorm1d does."""
-        for norm, (mean, variance, count) in zip((self.norm1, self.norm2), statistics, strict=True):
+        for axis, norm in enumerate((self.norm1, self.norm2)):
+            mean, variance, count = statistics[:, axis]
             unbiased = variance * count / (count - 1).clamp(min=1)
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
             norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
@@ -386,14 +370,18 @@ MASKED_ELEMENTS = 2**20
 
 
 def mix_masked(
-    g1: torch.Tensor, g2: torch.Tensor, keep: torch.Tensor, a: torch.Tensor, c: torch.Tensor
+    g: torch.Tensor, keep: torch.Tensor, a: torch.Tensor, c: torch.Tensor, renormalize: bool
 ) -> tuple[torch.Tensor, ...]:
     """Mixtures of factors over kept experts only: purging pairs ij is not a mask of g1 or g2.
 
     With C_ij = keep_ij sum_h g1_hi g2_hj: sum_j C_ij and sum_i C_ij, each (B, T, E);
     sum_j C_ij c_j and sum_i C_ij a_i, each (B, T, E, width). a, c (B, T, E, width); keep (E, E).
+    renormalize: each head's kept weights sum to 1 again.
     """
-    shape, e = g1.shape[:2], len(keep)
+    shape, e = g.shape[1:3], len(keep)
+    keep = keep.to(g.dtype)
+    g1, g2 = g.unbind()
+    g1 = renormalized(g1, g2, keep) if renormalize else g1
     g1, g2, a, c = (t.flatten(0, 1) for t in (g1, g2, a, c))
     rows = max(1, MASKED_ELEMENTS // e**2)
     ones = a.new_ones(1, 1, 1)
@@ -442,24 +430,19 @@ class MonetMoHDE(nn.Module):
         self.b = nn.Parameter(torch.empty(e, d))
 
     def forward(
-        self,
-        x: torch.Tensor,
-        g1: torch.Tensor,
-        g2: torch.Tensor,
-        keep: torch.Tensor | None = None,
+        self, x: torch.Tensor, g: torch.Tensor, keep: torch.Tensor | None = None
     ) -> torch.Tensor:
         """sum_ij sum_h g1_hi g2_hj expert_ij(x); i is contracted first, so no E x E tensor.
 
         keep (E, E): experts that take part (None: all).
         """
-        g1, g2 = g1.to(x.dtype), g2.to(x.dtype)
+        g = g.to(x.dtype)
         a = squared_relu(self.u(x)).unflatten(-1, (self.num_experts, -1))  # (B, T, E, m)
         if keep is None:
+            g1, g2 = g.unbind()
             s2, z = g2.sum(-2), g2.transpose(-1, -2) @ (g1 @ a)  # (B, T, E), (B, T, E, m)
         else:
-            keep = keep.to(x.dtype)
-            g1 = renormalized(g1, g2, keep) if self.config.renormalize_masked else g1
-            _, s2, _, z = mix_masked(g1, g2, keep, a, a[..., :0])
+            _, s2, _, z = mix_masked(g, keep, a, a[..., :0], self.config.renormalize_masked)
         return self.v(z.flatten(-2)) + s2 @ self.b
 
 
@@ -485,33 +468,28 @@ class MonetMoVDE(nn.Module):
         self.b2 = nn.Parameter(torch.empty(e, d // 2))
 
     def forward(
-        self,
-        x: torch.Tensor,
-        g1: torch.Tensor,
-        g2: torch.Tensor,
-        keep: torch.Tensor | None = None,
+        self, x: torch.Tensor, g: torch.Tensor, keep: torch.Tensor | None = None
     ) -> torch.Tensor:
         """sum_ij sum_h g1_hi g2_hj expert_ij(x), factored: the gates of a head sum to 1.
 
         keep (E, E): experts that take part (None: all).
         """
-        g1, g2 = g1.to(x.dtype), g2.to(x.dtype)
-        a = squared_relu(self.u1(x)).unflatten(-1, (self.num_experts, -1))  # (B, T, E, k)
-        c = squared_relu(self.u2(x)).unflatten(-1, (self.num_experts, -1))
+        g = g.to(x.dtype)
+        f = squared_relu(torch.stack([self.u1(x), self.u2(x)]))  # both axes' factors, [a, c]
+        f = f.unflatten(-1, (self.num_experts, -1))  # (2, B, T, E, k)
         if keep is None:
-            s1, s2 = g1.sum(-2), g2.sum(-2)  # (B, T, E)
-            c_on_i = g1.transpose(-1, -2) @ (g2 @ c)  # (B, T, E, k): sum_h g1_hi sum_j g2_hj c_j
-            a_on_j = g2.transpose(-1, -2) @ (g1 @ a)
+            s = g.sum(-2)  # (2, B, T, E)
+            # sum_h g1_hi sum_j g2_hj c_j and sum_h g2_hj sum_i g1_hi a_i, (2, B, T, E, k)
+            other = g.transpose(-1, -2) @ (g @ f).flip(0)
         else:
-            keep = keep.to(x.dtype)
-            g1 = renormalized(g1, g2, keep) if self.config.renormalize_masked else g1
-            s1, s2, c_on_i, a_on_j = mix_masked(g1, g2, keep, a, c)
-        left = (
-            self.v11((a * s1[..., None]).flatten(-2)) + self.v12(c_on_i.flatten(-2)) + s1 @ self.b1
-        )
-        right = (
-            self.v21(a_on_j.flatten(-2)) + self.v22((c * s2[..., None]).flatten(-2)) + s2 @ self.b2
-        )
+            mixed = mix_masked(g, keep, *f, self.config.renormalize_masked)
+            s, other = torch.stack(mixed[:2]), torch.stack(mixed[2:])
+        # unbound, not indexed: the gradient of an index is a whole tensor of zeros around it
+        a, c = (f * s[..., None]).flatten(-2).unbind()  # (B, T, E k)
+        c_on_i, a_on_j = other.flatten(-2).unbind()
+        s1, s2 = s.unbind()
+        left = self.v11(a) + self.v12(c_on_i) + s1 @ self.b1
+        right = self.v21(a_on_j) + self.v22(c) + s2 @ self.b2
         return torch.cat([left, right], -1)
 
 
@@ -521,8 +499,8 @@ class MonetDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MonetConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = MonetAttention(config, layer_idx)
-        self.input_layernorm = MonetRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = MonetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.router = MonetRouter(config) if layer_idx % config.moe_groups == 0 else None
         kinds = {"vertical": MonetMoVDE, "horizontal": MonetMoHDE}
         self.moe = kinds[config.moe_decompose](config)
@@ -530,8 +508,7 @@ class MonetDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         x: torch.Tensor,
-        g1: torch.Tensor | None,
-        g2: torch.Tensor | None,
+        g: torch.Tensor | None,
         keep: torch.Tensor | None,
         valid: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
@@ -539,11 +516,10 @@ class MonetDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor | None, ...]:
-        """New states (B, T, D), the group's g1 and g2, batch statistics (if routed), attention.
+        """New states (B, T, D), the group's gates, batch statistics (if routed), attention.
 
+        g (2, B, T, H, E): the gates of the group, None in its first layer, which makes them.
         keep (E, E): the group's experts that take part (None: all).
-
-        Gates are separate tensors: reentrant checkpointing tracks no gradient through nested ones.
         """
         attended, weights = self.self_attn(
             self.input_layernorm(x), position_embeddings, attention_mask, past_key_values, **kwargs
@@ -552,8 +528,8 @@ class MonetDecoderLayer(GradientCheckpointingLayer):
         inner = self.post_attention_layernorm(x)
         statistics = None
         if self.router is not None:
-            (g1, g2), statistics = self.router(inner, valid)
-        return x + self.moe(inner, g1, g2, keep), g1, g2, statistics, weights
+            g, statistics = self.router(inner, valid)
+        return x + self.moe(inner, g, keep), g, statistics, weights
 
 
 class MonetPreTrainedModel(PreTrainedModel):
@@ -580,8 +556,6 @@ class MonetPreTrainedModel(PreTrainedModel):
             init.zeros_(module.b2)
         elif isinstance(module, MonetMoHDE):
             init.zeros_(module.b)
-        elif isinstance(module, MonetRMSNorm):
-            init.ones_(module.weight)
         elif isinstance(module, MonetRouter) and self.config.expert_masks:
             init.ones_(module.keep)
 
@@ -625,7 +599,7 @@ class MonetModel(MonetPreTrainedModel):
         self.layers = nn.ModuleList(
             MonetDecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
-        self.norm = MonetRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = MonetRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -662,14 +636,13 @@ class MonetModel(MonetPreTrainedModel):
         valid = valid_tokens(attention_mask, x)
         if self.training and valid is not None and not valid.any():
             raise ValueError("attention_mask: all tokens are padding; training needs at least one")
-        states, attentions, routed, g1, g2, keep = [x], [], [], None, None, None
+        states, attentions, routed, g, keep = [x], [], [], None, None
         for layer in self.layers:
             if layer.router is not None:
                 keep = getattr(layer.router, "keep", None)
-            x, g1, g2, statistics, weights = layer(
+            x, g, statistics, weights = layer(
                 x,
-                g1,
-                g2,
+                g,
                 keep,
                 valid,
                 mask,
@@ -680,7 +653,7 @@ class MonetModel(MonetPreTrainedModel):
             states.append(x)
             attentions.append(weights)
             if statistics is not None:
-                routed.append((layer.router, (g1, g2), statistics))
+                routed.append((layer.router, g, statistics))
         if self.training:
             for router, _, statistics in routed:
                 router.update_running_statistics(statistics)
@@ -692,7 +665,7 @@ class MonetModel(MonetPreTrainedModel):
             if self._wants("hidden_states", output_hidden_states)
             else None,
             attentions=tuple(attentions) if self._wants("attentions", output_attentions) else None,
-            router_probs=tuple(g for _, g, _ in routed),
+            router_probs=tuple(g.unbind() for _, g, _ in routed),
         )
 
     def _masks(
@@ -843,6 +816,27 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_x * grad, grad_w * grad, None, None
 
 
+@torch.compiler.disable  # a compiler would undo the tiles that stay in place
+def linear_cross_entropy(
+    states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, divisor: torch.Tensor
+) -> torch.Tensor:
+    """Summed nats over divisor without all logits: liger-kernel's on CUDA where it is installed,
+    ours elsewhere. Shapes as in LinearCrossEntropy."""
+    if states.is_cuda and is_liger_kernel_available():
+        return liger_cross_entropy(states, weight, targets, divisor)
+    return LinearCrossEntropy.apply(states, weight, targets, divisor)
+
+
+def liger_cross_entropy(
+    states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, divisor: torch.Tensor
+) -> torch.Tensor:
+    """The same by liger-kernel's fused kernel, its sums kept in float32."""
+    # by name: a checkpoint that carries this file loads where liger-kernel is not installed
+    kernels = importlib.import_module("liger_kernel.transformers")
+    fused = kernels.LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)
+    return fused(weight, states, targets) / divisor
+
+
 def set_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """out = a @ b in place, out in float32 or wider where a and b are narrower."""
     return torch.mm(a, b, out=out) if out.dtype == a.dtype else out.copy_(a @ b)
@@ -950,7 +944,7 @@ class MonetForCausalLM(MonetPreTrainedModel, GenerationMixin):
         count = (targets != -100).sum()
         items = count if num_items_in_batch is None else num_items_in_batch
         states = outputs.last_hidden_state
-        lm_loss = LinearCrossEntropy.apply(
+        lm_loss = linear_cross_entropy(
             states[:, :-1].flatten(0, 1),
             self.lm_head.weight,
             targets.to(states.device),

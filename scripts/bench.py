@@ -29,9 +29,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = {
-    "train-step": ("ours", "plain loss", "products", "llama", "olmoe"),
-    "eval": ("ours", "llama", "olmoe"),
-    "generate": ("ours", "llama"),
+    "train-step": ("ours", "plain loss", "compiled", "products", "llama", "olmoe"),
+    "eval": ("ours", "compiled", "llama", "olmoe"),
+    "generate": ("ours", "compiled", "llama"),
     "purge": ("ours", "masked"),
     "memory": ("ours", "plain loss"),
 }
@@ -134,11 +134,12 @@ def make_step(kind: str, case: str, size: dict[str, Any]) -> Callable[[], None]:
     ids = torch.randint(1, size["vocab"], (rows, size["length"]), device=device_of(size))
     if case in ("train-step", "memory"):
         model.train()
+        run = torch.compile(model) if kind == "compiled" else model
         options = {"output_logits": True} if kind == "plain loss" else {}
 
         def train() -> None:
             model.zero_grad(set_to_none=True)
-            loss = model(input_ids=ids, labels=None if options else ids, **options)
+            loss = run(input_ids=ids, labels=None if options else ids, **options)
             if options:  # all logits, and cross-entropy on them
                 logits = loss.logits[:, :-1].flatten(0, 1)
                 torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).backward()
@@ -151,6 +152,7 @@ def make_step(kind: str, case: str, size: dict[str, Any]) -> Callable[[], None]:
         prompt = ids[:1].expand(size["batch"], -1)[:, : size["prompt"]].contiguous()
         mask = torch.ones_like(prompt)
         new = size["new_tokens"]
+        options = compile_options() if kind == "compiled" else {}
 
         @torch.inference_mode()
         def generate() -> None:
@@ -162,16 +164,28 @@ def make_step(kind: str, case: str, size: dict[str, Any]) -> Callable[[], None]:
                 do_sample=False,
                 pad_token_id=0,
                 eos_token_id=None,
+                **options,
             )
 
         return generate
 
+    run = torch.compile(model) if kind == "compiled" else model
+
     @torch.inference_mode()
     def forward() -> None:
         # purge: what masks cost, the head apart
-        model(input_ids=ids, **({"logits_to_keep": 1} if case == "purge" else {}))
+        run(input_ids=ids, **({"logits_to_keep": 1} if case == "purge" else {}))
 
     return forward
+
+
+def compile_options() -> dict[str, Any]:
+    """Arguments of generate for a compiled step, which wants a cache of fixed shape."""
+    from transformers import CompileConfig
+
+    compiled = CompileConfig(mode="default")
+    compiled._compile_all_devices = True  # transformers compiles by itself only on accelerators
+    return {"cache_implementation": "static", "compile_config": compiled}
 
 
 def products_step(size: dict[str, Any]) -> Callable[[], None]:
@@ -254,7 +268,6 @@ class Contender:
         command = [python, str(Path(__file__).resolve()), "--worker", kind, case, json.dumps(size)]
         environment = {
             # as scripts/environment.sh sets them for the pipeline
-            "OMP_WAIT_POLICY": "passive",
             "MALLOC_MMAP_THRESHOLD_": "33554432",
             "MALLOC_TRIM_THRESHOLD_": "2000000000",
             "MALLOC_TOP_PAD_": "134217728",

@@ -1,6 +1,7 @@
 """The import direction of the architecture, by an ast walk."""
 
 import ast
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,17 +47,10 @@ def test_import_direction():
 def test_model_files_import_torch_and_transformers_only():
     for path in (ROOT / "modeling_monet.py", ROOT / "tiered/modeling_tiered.py"):
         foreign = {n.split(".")[0] for n in imports(path)}
-        standard = {
-            "collections",
-            "copy",
-            "dataclasses",
-            "math",
-            "statistics",
-            "typing",
-            "__future__",
-        }
         # huggingface_hub comes with transformers and holds its config decorator
-        assert foreign - standard <= {"torch", "transformers", "huggingface_hub"}, path.name
+        assert foreign - sys.stdlib_module_names <= {"torch", "transformers", "huggingface_hub"}, (
+            path.name
+        )
 
 
 def test_nothing_imports_a_script_and_scripts_hold_no_model():

@@ -1,8 +1,10 @@
 """Monet against golden files, brute force over all E^2 experts, and exact no-ops."""
 
 import copy
+import importlib.util
 import itertools
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +41,7 @@ from modeling_monet import (
     uniformity_loss,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 V = 61
 
@@ -71,12 +74,10 @@ def ids(rows: int = 3, length: int = 12, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, V, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def random_gates(
-    heads: int, experts: int, dtype=torch.float64
-) -> tuple[torch.Tensor, torch.Tensor]:
+def random_gates(heads: int, experts: int, dtype=torch.float64) -> torch.Tensor:
     g = torch.rand(2, 2, 3, heads, experts, dtype=dtype)
     g = torch.where(g < 0.3, 0.0, g)
-    return tuple(g / g.sum(-1, keepdim=True))
+    return g / g.sum(-1, keepdim=True)
 
 
 # ---------------------------------------------------------------- golden parity
@@ -204,7 +205,7 @@ def test_vertical_layer_is_the_sum_over_all_experts():
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(2, 3, 16, dtype=torch.float64)
-    g1, g2 = random_gates(2, 6)
+    g1, g2 = gates = random_gates(2, 6)
     k = 2
     expected = torch.zeros_like(x)
     for i in range(6):
@@ -221,7 +222,7 @@ def test_vertical_layer_is_the_sum_over_all_experts():
             )
             gate = (g1[..., i] * g2[..., j]).sum(-1, keepdim=True)
             expected += gate * torch.cat([left, right], -1)
-    assert torch.allclose(layer(x, g1, g2), expected, atol=1e-10, rtol=1e-10)
+    assert torch.allclose(layer(x, gates), expected, atol=1e-10, rtol=1e-10)
 
 
 def test_horizontal_layer_is_the_sum_over_all_experts():
@@ -230,7 +231,7 @@ def test_horizontal_layer_is_the_sum_over_all_experts():
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(2, 3, 16, dtype=torch.float64)
-    g1, g2 = random_gates(2, 6)
+    g1, g2 = gates = random_gates(2, 6)
     m = 4
     expected = torch.zeros_like(x)
     for i in range(6):
@@ -239,7 +240,7 @@ def test_horizontal_layer_is_the_sum_over_all_experts():
         for j in range(6):
             value = a @ layer.v.weight[:, j * m : (j + 1) * m].T + layer.b[j]
             expected += (g1[..., i] * g2[..., j]).sum(-1, keepdim=True) * value
-    assert torch.allclose(layer(x, g1, g2), expected, atol=1e-10, rtol=1e-10)
+    assert torch.allclose(layer(x, gates), expected, atol=1e-10, rtol=1e-10)
 
 
 def masked_reference(layer: nn.Module, x, gates, keep: torch.Tensor) -> torch.Tensor:
@@ -273,17 +274,17 @@ def test_masked_layer_is_the_sum_over_kept_experts(kind, elements, monkeypatch):
     x, gates = torch.randn(2, 3, 16, dtype=torch.float64), random_gates(2, 6)
     keep = torch.rand(6, 6) < 0.6
     assert 0 < keep.sum() < 36
-    found = layer(x, *gates, keep)
+    found = layer(x, gates, keep)
     assert torch.allclose(found, masked_reference(layer, x, gates, keep), atol=1e-10, rtol=1e-10)
     everything = torch.ones(6, 6, dtype=torch.bool)
-    assert torch.allclose(layer(x, *gates, everything), layer(x, *gates), atol=1e-10, rtol=1e-10)
-    assert layer(x, *gates, ~everything).abs().max() == 0
+    assert torch.allclose(layer(x, gates, everything), layer(x, gates), atol=1e-10, rtol=1e-10)
+    assert layer(x, gates, ~everything).abs().max() == 0
     # renormalised: per head, the kept experts' weights sum to 1 again
     layer.config.renormalize_masked = True
     share = torch.einsum("bthi,ij,bthj->bth", gates[0], keep.double(), gates[1])[..., None]
-    scaled = (torch.where(share > 0, gates[0] / share, 0.0), gates[1])
+    scaled = torch.stack([torch.where(share > 0, gates[0] / share, 0.0), gates[1]])
     expected = masked_reference(layer, x, scaled, keep)
-    assert torch.allclose(layer(x, *gates, keep), expected, atol=1e-10, rtol=1e-10)
+    assert torch.allclose(layer(x, gates, keep), expected, atol=1e-10, rtol=1e-10)
 
 
 def test_renormalised_masks_train_and_tiny_shares_do_not_blow_up():
@@ -595,6 +596,48 @@ def test_tiled_loss_gradcheck_and_repeated_backward(monkeypatch):
     nothing = LinearCrossEntropy.apply(x[:0], w, targets[:0], divisor)
     assert nothing == 0
     assert torch.autograd.grad(nothing, w)[0].abs().max() == 0
+
+
+def test_liger_loss_equals_ours():
+    """Values and gradients of liger-kernel's fused loss, its kernels interpreted on the CPU."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        pytest.skip("liger-kernel is not installed (an option, for CUDA)")
+    code = """
+import torch
+from modeling_monet import LinearCrossEntropy, liger_cross_entropy
+torch.manual_seed(0)
+x, w = (torch.randn(n, 16, requires_grad=True) for n in (37, 101))
+targets = torch.randint(0, 101, (37,))
+targets[3] = -100
+results = []
+for loss_of in (LinearCrossEntropy.apply, liger_cross_entropy):
+    loss = loss_of(x, w, targets, torch.tensor(40.0))
+    results.append((loss, *torch.autograd.grad(loss * 2, (x, w))))
+for a, b in zip(*results):
+    assert torch.allclose(a, b, atol=1e-6, rtol=1e-6), (a - b).abs().max()
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=ROOT)
+
+
+@pytest.mark.parametrize("decompose", ["vertical", "horizontal"])
+def test_compiled_model_equals_eager(decompose):
+    """Traced whole without a break in evaluation, with one at the loss in training; the backend
+    that runs the traced graph by torch's own kernels keeps the test short."""
+    torch.compiler.reset()
+    x, results = ids(), []
+    for compiled in (False, True):
+        model = monet(attention="sdpa", moe_decompose=decompose)
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        logits = run(x).logits.detach()
+        model.train()
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        out = run(input_ids=x, labels=x)
+        out.loss.backward()
+        gradients = [p.grad for p in model.parameters()]
+        results.append([logits, out.loss.detach(), *gradients, *model.buffers()])
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_narrow_heads_are_padded_without_a_trace(monkeypatch):
