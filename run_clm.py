@@ -14,6 +14,7 @@ from tiered.config import Config, run_script
 from tiered.data import ProcessedData
 from tiered.partition import make_partition_map
 from tiered.record import is_main_process, leave_ranks, note_provenance, start, timed
+from tiered.router import check_clusters
 from tiered.store import link_if_changed, read_json
 from tiered.training import (
     forget_other_partitions,
@@ -32,7 +33,7 @@ def prepare(configs: list[Config]) -> None:
     """With training.num_proc above 1: train the models of all experiments, several at a time."""
     for config in configs:
         make_partition_map(config)
-        ProcessedData(config)
+        check_clusters(config, ProcessedData(config))
         start(config, "run_clm")
     train_at_once(configs, lambda config: missing_models(config, wanted(config)))
 
@@ -43,6 +44,7 @@ def main(config: Config) -> None:
     partitions = make_partition_map(config)
     # 2. processed data
     data = ProcessedData(config)
+    check_clusters(config, data)
     start(config, "run_clm")
     if is_main_process():
         forget_other_partitions(config)

@@ -11,18 +11,20 @@ from tiered.config import Config, run_script
 from tiered.data import ProcessedData
 from tiered.partition import make_partition_map
 from tiered.record import note_provenance, start, timed
-from tiered.router import build_router, write_partition_map
+from tiered.router import build_clusters, build_router, write_partition_map
 from tiered.store import link_if_changed, read_json
 
 
 def main(config: Config) -> None:
     """Embedder, centroids and map of one experiment."""
-    # 1. the partition map: a function of the config alone
-    partitions = make_partition_map(config)
-    # 2. processed data
+    # 1. processed data
     data = ProcessedData(config)
     start(config, "train_det_router")
     with timed(config, "train_det_router") as timer:
+        # 2. the partition map: a function of the config alone, or fitted clusters of documents
+        if config.partition.method == "cluster":
+            link_if_changed(build_clusters(config, data), config.run_dir / "partition" / "clusters")
+        partitions = make_partition_map(config)
         write_partition_map(config, partitions)
         # 3. embedder (shared by experiments that agree on it), then centroids of domains, or of
         #    partitions when documents are spread at random; taken from the store if unchanged

@@ -149,14 +149,14 @@ class PartitionConfig:
 
     method: str = opt(
         "language",
-        "how the partitions are made",
-        choices=("language", "family", "random_language", "random"),
+        "how the partitions are made; cluster: balanced k-means on router.embedder's vectors",
+        choices=("language", "family", "random_language", "random", "cluster"),
     )
     n: int = opt(1, "number of partitions", low=1)
     index: tuple[int, ...] = opt(
         (), "partitions this call trains; empty: all, one after another", low=0
     )
-    seed: int = opt(0, "seed of random_language and random", low=0)
+    seed: int = opt(0, "seed of random_language, random and cluster", low=0)
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,9 @@ class RouterConfig:
 
     embedder: str = opt(
         "transformer",
-        "prefix embedding: a small causal LM's hidden states, or untrained hashed n-grams",
-        choices=("transformer", "hashed_ngrams"),
+        "prefix embedding: a small causal LM's hidden states, untrained hashed n-grams of tokens,"
+        " or tf-idf of character n-grams with a truncated SVD",
+        choices=("transformer", "hashed_ngrams", "tfidf"),
     )
     hidden_size: int = opt(64, "embedder width", low=2)
     num_hidden_layers: int = opt(1, "embedder layers", low=1)
@@ -177,6 +178,13 @@ class RouterConfig:
     tokens_per_domain: int = opt(0, "router-split tokens used per domain; 0: all", low=0)
     ngram_buckets: int = opt(4096, "hash buckets of hashed_ngrams", low=2)
     ngram_max: int = opt(2, "longest token n-gram of hashed_ngrams", low=1)
+    tfidf_buckets: int = opt(32768, "hash buckets of tfidf", low=2)
+    tfidf_ngram_max: int = opt(3, "longest character n-gram of tfidf", low=1)
+    tfidf_min_df: int = opt(2, "documents that must hold an n-gram of tfidf, at least", low=1)
+    tfidf_dimensions: int = opt(100, "dimensions kept by the SVD of tfidf", low=1)
+    tfidf_documents: int = opt(
+        20_000, "documents per domain that the SVD of tfidf is fitted on, at most", low=1
+    )
     scope: str = opt("token", "routing used outside of eval", choices=("oracle", "token", "sample"))
     context_tokens: int = opt(32, "tokens that decide sample routing", low=1)
     early_positions: str = opt(

@@ -7,6 +7,7 @@ that agree on their data share one folder and configs that differ never meet.
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,17 @@ class ProcessedData:
         """Ids of a split's documents in stored (hash) order."""
         column = self._column(domain, split, "document_id")
         return [] if column is None else column.to_pylist()
+
+    def documents(self, domain: str, split: str, limit_tokens: int = 0) -> Iterator[np.ndarray]:
+        """Tokens (int32) of one document after another in stored order, without its separator;
+        only those that begin in the domain's first limit_tokens tokens (0: all)."""
+        tokens = 0
+        for offsets, values in self._lists(domain, split, "input_ids"):
+            for begin, end in itertools.pairwise(offsets.tolist()):
+                if limit_tokens and tokens >= limit_tokens:
+                    return
+                tokens += end - begin
+                yield values[begin : end - 1]
 
     def blocks(
         self,

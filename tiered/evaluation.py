@@ -99,15 +99,23 @@ def first_position(config: Config, scope: str) -> int:
     return config.router.context_tokens - 1 if skip else 0
 
 
+def oracle_of(partitions: PartitionMap, rows: Rows) -> np.ndarray | None:
+    """The partition (R,) that a row's label or (cluster) its whole document stands for; None where
+    there is none: documents at random have no readable label."""
+    if partitions.method == "random":
+        return None
+    return partitions.assign(rows.domain, list(rows.document_ids))
+
+
 def assignments(
-    scores: torch.Tensor, scopes: Iterable[str], config: Config, oracle: int | None
+    scores: torch.Tensor, scopes: Iterable[str], config: Config, oracle: np.ndarray | None
 ) -> dict[str, torch.Tensor]:
     """Partition (R, S) per scope; an undefined oracle is left out; -1 marks unscored positions."""
     chosen = {}
     for scope in scopes:
         if scope == "oracle":
             if oracle is not None:
-                chosen[scope] = torch.full(scores.shape[:2], oracle)
+                chosen[scope] = torch.from_numpy(oracle)[:, None].repeat(1, scores.shape[1])
             continue
         chosen[scope] = assign(scores, scope, config.router.context_tokens)
         chosen[scope][:, : first_position(config, scope)] = -1
@@ -119,7 +127,7 @@ def score_domain(
     model: TieredForCausalLM,
     rows: Rows,
     scopes: Iterable[str],
-    oracle: int | None = None,
+    oracle: np.ndarray | None = None,
     allowed: list[int] | None = None,
     cache: ScoreCache | None = None,
 ) -> tuple[dict[str, RowScores], torch.Tensor]:
@@ -182,12 +190,12 @@ def utility_of(scores: RowScores, unigram: float) -> dict[str, float]:
 
 
 def routing_accuracy(
-    scores: torch.Tensor, partition: int, context_lengths: Iterable[int]
+    scores: torch.Tensor, oracle: np.ndarray, context_lengths: Iterable[int]
 ) -> dict[str, float]:
-    """Share of rows whose prefix of each length is routed to the domain's partition."""
-    chosen = scores.argmax(-1)
+    """Share of rows whose prefix of each length is routed to the oracle's partition (R,)."""
+    hits = scores.argmax(-1) == torch.from_numpy(oracle)[:, None]
     lengths = [c for c in context_lengths if c <= scores.shape[1]]
-    return {str(c): float((chosen[:, c - 1] == partition).float().mean()) for c in lengths}
+    return {str(c): float(hits[:, c - 1].float().mean()) for c in lengths}
 
 
 def evaluation_key(
@@ -228,14 +236,15 @@ def evaluate(
     progress: Any = iter,
 ) -> tuple[dict[str, Any], pa.Table]:
     """utility.json's content and the per-row table of a tiered model."""
-    domains, tables, decided = {}, [], []
+    domains, tables, decided, right = {}, [], [], []
     for domain in progress(data.domains):
         rows = data.rows(domain, config.eval.split, config.eval.rows_per_domain)
-        oracle = None if partitions.by_document else partitions.partition_of(domain)
+        oracle = oracle_of(partitions, rows)
         found, scores = score_domain(config, model, rows, config.eval.scopes, oracle, cache=cache)
         domains[domain] = _domain_entry(config, data, rows, found, scores, oracle)
         tables.append(rows_table(found.values()))
         decided.append(assign(scores, "sample", config.router.context_tokens)[:, -1].numpy())
+        right.extend([] if oracle is None else decided[-1] == oracle)
     result = {
         "schema": SCHEMA,
         "split": config.eval.split,
@@ -243,7 +252,7 @@ def evaluate(
         "method": partitions.method,
         "domains": domains,
         "macro": _macro(domains, config.eval.scopes),
-        "routing": _routing(data.domains, partitions, decided),
+        "routing": _routing(data.domains, partitions, decided, right),
     }
     return result, pa.concat_tables(tables)
 
@@ -254,7 +263,7 @@ def _domain_entry(
     rows: Rows,
     found: dict[str, RowScores],
     scores: torch.Tensor,
-    oracle: int | None,
+    oracle: np.ndarray | None,
 ) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "rows": len(rows.document_ids),
@@ -292,7 +301,10 @@ def _macro(domains: dict[str, Any], scopes: Iterable[str]) -> dict[str, Any]:
 
 
 def _routing(
-    domains: tuple[str, ...], partitions: PartitionMap, decided: list[np.ndarray]
+    domains: tuple[str, ...],
+    partitions: PartitionMap,
+    decided: list[np.ndarray],
+    right: list[bool],
 ) -> dict[str, Any]:
     """Confusion (domain x partition, rows) of sample routing, its accuracy and NMI."""
     confusion = [np.bincount(k, minlength=partitions.n).tolist() for k in decided]
@@ -301,9 +313,6 @@ def _routing(
         "confusion": confusion,
         "nmi": round(partition_nmi(labels, np.concatenate(decided)), 6),
         "maximal_nmi": round(maximal_nmi(partitions.n, len(domains)), 6),
-        "sample_accuracy": UNDEFINED,
+        "sample_accuracy": round(float(np.mean(right)), 6) if right else UNDEFINED,
     }
-    if not partitions.by_document:
-        hits = [row[partitions.partition_of(d)] for d, row in zip(domains, confusion, strict=True)]
-        routing["sample_accuracy"] = round(sum(hits) / len(labels), 6)
     return routing

@@ -24,7 +24,11 @@ SCOPES = ("oracle", "token", "sample")
 
 
 class Level1Config(PreTrainedConfig):
-    """Configuration of the Level-1 embedder (`transformer` or `hashed_ngrams`)."""
+    """Configuration of the Level-1 embedder: `transformer`, `hashed_ngrams` or `tfidf`.
+
+    metric: how prefixes are compared with centroids, `cosine` or (of the prefix's unit vector)
+    `euclidean`.
+    """
 
     model_type = "level1_embedder"
 
@@ -38,6 +42,11 @@ class Level1Config(PreTrainedConfig):
         max_position_embeddings: int = 128,
         ngram_buckets: int = 4096,
         ngram_max: int = 2,
+        tfidf_buckets: int = 32768,
+        tfidf_ngram_max: int = 3,
+        tfidf_dimensions: int = 100,
+        tfidf_token_bytes: int = 32,
+        metric: str = "cosine",
         pad_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -54,6 +63,11 @@ class Level1Config(PreTrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.ngram_buckets = ngram_buckets
         self.ngram_max = ngram_max
+        self.tfidf_buckets = tfidf_buckets
+        self.tfidf_ngram_max = tfidf_ngram_max
+        self.tfidf_dimensions = tfidf_dimensions
+        self.tfidf_token_bytes = tfidf_token_bytes
+        self.metric = metric
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
 
@@ -146,19 +160,109 @@ class Level1Embedder(PreTrainedModel):
         states = self.hidden_states(input_ids, attention_mask).float()
         return (states * mask).cumsum(1) / mask.cumsum(1).clamp(min=1)
 
-    def row_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def row_embeddings(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Embedding of whole rows (B, D): the prefix embedding at the last token."""
-        return self.prefix_embeddings(input_ids)[:, -1]
+        return self.prefix_embeddings(input_ids, attention_mask)[:, -1]
 
     def similarities(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, centroids: torch.Tensor
     ) -> torch.Tensor:
-        """Cosine (B, T, C) of every prefix with every centroid."""
-        prefixes = F.normalize(self.prefix_embeddings(input_ids, attention_mask), dim=-1)
-        units = F.normalize(centroids, dim=-1)
-        # One centroid at a time: a matrix product's rounding depends on its shape, and removing a
-        # centroid may not change one bit of another's cosine.
-        return torch.stack([(prefixes * unit).sum(-1) for unit in units], -1)
+        """Similarity (B, T, C) of every prefix with every centroid."""
+        prefixes = self.prefix_embeddings(input_ids, attention_mask)
+        return similarities(prefixes, centroids, self.config.metric)
+
+
+def similarities(prefixes: torch.Tensor, centroids: torch.Tensor, metric: str) -> torch.Tensor:
+    """Similarity (..., C) of prefixes (..., D) with centroids (C, D): their cosine, or minus the
+    squared distance between the prefix's unit vector and the centroid."""
+    units = F.normalize(prefixes, dim=-1)
+    # One centroid at a time: a matrix product's rounding depends on its shape, and removing a
+    # centroid may not change one bit of another's similarity.
+    if metric == "euclidean":
+        return torch.stack([-(units - c).square().sum(-1) for c in centroids], -1)
+    return torch.stack([(units * c).sum(-1) for c in F.normalize(centroids, dim=-1)], -1)
+
+
+class TfidfEmbedder(nn.Module):
+    """Embedder without a language model: tf-idf of hashed character n-grams, projected by a
+    truncated SVD (after c-BTM, arXiv:2303.14177, whose unit is the English word).
+
+    What an n-gram adds to a text's vector does not depend on the rest of the text, so the vector
+    of every prefix is a running sum. Characters come from the bytes of the tokens: the bytes of
+    one may stand in several tokens. projection (buckets, D): idf times the SVD's components, zero
+    where a bucket is too rare; token_bytes (V, L): each token's bytes, -1 where there are none.
+    """
+
+    def __init__(self, config: Level1Config) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer(
+            "token_bytes",
+            torch.full((config.vocab_size, config.tfidf_token_bytes), -1, dtype=torch.int16),
+        )
+        self.register_buffer(
+            "projection", torch.zeros(config.tfidf_buckets, config.tfidf_dimensions)
+        )
+
+    def ngrams(self, tokens: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Buckets (M,) of all n-grams in texts laid one after another, and the index (M,) of the
+        token that completes each. tokens (N,); row (N,), the text of each: n-grams cross none."""
+        token, place = (self.token_bytes[tokens] >= 0).nonzero(as_tuple=True)
+        byte = self.token_bytes[tokens[token], place].long()
+        if not len(byte):
+            return byte, token
+        row = row[token]
+        # lead bytes say how many bytes their character has; 10xxxxxx continue one
+        width = 1 + (byte >= 0xC0).long() + (byte >= 0xE0).long() + (byte >= 0xF0).long()
+        start = ((byte & 0xC0) != 0x80).nonzero()[:, 0]
+        last = start + width[start] - 1
+        following = torch.cat([start[1:], start.new_tensor([len(byte)])])
+        whole = last < following  # broken characters are left out
+        start, last = start[whole], last[whole]
+        whole = row[start] == row[last]
+        start, last = start[whole], last[whole]
+        character = torch.zeros_like(start)
+        for offset in range(4):
+            inside = start + offset <= last
+            character += torch.where(
+                inside, byte[(start + offset).clamp(max=len(byte) - 1)] << (8 * offset), 0
+            )
+        row, end = row[start], token[last]
+        buckets, ends, code = [], [], torch.zeros_like(character)
+        for length in range(1, self.config.tfidf_ngram_max + 1):
+            # the n-gram that ends here: its characters so far, and the one `length - 1` before
+            earlier = F.pad(character, (length - 1, 0))[: len(character)]
+            same = F.pad(row, (length - 1, 0), value=-1)[: len(row)] == row
+            # a polynomial hash modulo a prime below 2^31 keeps int64 products exact
+            code = (code * 1_000_003 + earlier + 7 * length) % 2_147_483_629
+            buckets.append((code % self.config.tfidf_buckets)[same])
+            ends.append(end[same])
+        return torch.cat(buckets), torch.cat(ends)
+
+    def prefix_embeddings(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Projected tf-idf of tokens 0..t, (B, T, D) float32, up to its length."""
+        place = _valid(input_ids, attention_mask).flatten().nonzero()[:, 0]
+        bucket, end = self.ngrams(input_ids.flatten()[place], place // input_ids.shape[1])
+        added = self.projection.new_zeros(input_ids.numel(), self.projection.shape[1])
+        added.index_add_(0, place[end], self.projection[bucket])
+        return added.view(*input_ids.shape, -1).cumsum(1)
+
+    def row_embeddings(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Embedding of whole rows (B, D): that of the prefix that ends with the last token."""
+        return self.prefix_embeddings(input_ids, attention_mask)[:, -1]
+
+    def similarities(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, centroids: torch.Tensor
+    ) -> torch.Tensor:
+        """Similarity (B, T, C) of every prefix with every centroid."""
+        prefixes = self.prefix_embeddings(input_ids, attention_mask)
+        return similarities(prefixes, centroids, self.config.metric)
 
 
 class HashedNgrams(nn.Module):
@@ -228,7 +332,11 @@ class HashedNgrams(nn.Module):
 
 def make_embedder(config: Level1Config) -> nn.Module:
     """The embedder module of a Level-1 config."""
-    kinds = {"transformer": Level1Embedder, "hashed_ngrams": HashedNgrams}
+    kinds = {
+        "transformer": Level1Embedder,
+        "hashed_ngrams": HashedNgrams,
+        "tfidf": TfidfEmbedder,
+    }
     if config.embedder not in kinds:
         raise ValueError(f"embedder: {config.embedder!r} is not one of {', '.join(kinds)}")
     return kinds[config.embedder](config)
@@ -244,25 +352,29 @@ class Level1Router(nn.Module):
     """Embedder and centroids: a partition for every prefix.
 
     `centroid_partition[c]` is the partition of centroid c; a partition without centroid can never
-    be chosen. A partition's score is the largest cosine among its centroids.
+    be chosen. A partition's score is the largest similarity among its centroids.
     """
 
     def __init__(self, config: Level1Config, num_partitions: int, num_centroids: int) -> None:
         super().__init__()
-        width = config.hidden_size if config.embedder == "transformer" else config.ngram_buckets
+        widths = {
+            "transformer": config.hidden_size,
+            "hashed_ngrams": config.ngram_buckets,
+            "tfidf": config.tfidf_dimensions,
+        }
         self.embedder = make_embedder(config)
         self.num_partitions = num_partitions
-        self.register_buffer("centroids", torch.zeros(num_centroids, width))
+        self.register_buffer("centroids", torch.zeros(num_centroids, widths[config.embedder]))
         self.register_buffer("centroid_partition", torch.zeros(num_centroids, dtype=torch.long))
 
     def scores(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Score (B, T, N) of every partition for the prefix ending at t; -inf without centroid."""
-        cosines = self.embedder.similarities(input_ids, attention_mask, self.centroids)
-        scores = cosines.new_full((*input_ids.shape, self.num_partitions), -torch.inf)
+        found = self.embedder.similarities(input_ids, attention_mask, self.centroids)
+        scores = found.new_full((*input_ids.shape, self.num_partitions), -torch.inf)
         index = self.centroid_partition.expand(*input_ids.shape, -1)
-        return scores.scatter_reduce(-1, index, cosines, "amax")
+        return scores.scatter_reduce(-1, index, found, "amax")
 
     def remove_partition(self, k: int) -> None:
         """Delete every centroid of partition k."""

@@ -1,33 +1,68 @@
-"""Level 1: the partition map, a function of the configuration alone.
+"""Level 1: the partition map, a function of the configuration alone; or a fitted cluster map.
 
 The map never looks at which data is present: removing a domain leaves every other document where
-it was, and a partition's index never shifts. That is what makes deletion exact.
+it was, and a partition's index never shifts. That is what makes deletion exact. A cluster map saw
+the data it was fitted on: it is kept when a domain is removed, and exactness is claimed given it.
 """
 
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from tiered.config import Config
 from tiered.domains import BY_CODE, FAMILY_ORDER
-from tiered.store import UserError, digest
+from tiered.store import UserError, content_hash, digest, is_complete, read_json, verify
+
+
+def id_hashes(document_ids: list[str]) -> np.ndarray:
+    """First 63 bits of the sha256 of every id, (documents,) int64."""
+    digests = (hashlib.sha256(i.encode()).digest()[:8] for i in document_ids)
+    return np.array([int.from_bytes(d, "big") >> 1 for d in digests], dtype=np.int64)
+
+
+class ClusterLabels:
+    """The cluster of every document, read from a run's partition folder when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._loaded: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def of(self, domain: str, document_ids: list[str]) -> np.ndarray:
+        """Cluster (documents,) int64 of a domain's documents; -1 for one that was not labelled."""
+        if domain not in self._loaded:
+            files = sorted((self.folder / "labels" / domain).glob("*.safetensors"))
+            parts = [load_file(path) for path in files]
+            ids, labels = (np.concatenate([p[name] for p in parts]) for name in ("ids", "labels"))
+            order = np.argsort(ids, kind="stable")
+            self._loaded[domain] = ids[order], labels[order].astype(np.int64)
+        ids, labels = self._loaded[domain]
+        wanted = id_hashes(document_ids)
+        places = np.searchsorted(ids, wanted).clip(max=max(0, len(ids) - 1))
+        if not len(ids):
+            return np.full(len(wanted), -1, dtype=np.int64)
+        return np.where(ids[places] == wanted, labels[places], -1)
 
 
 @dataclass(frozen=True)
 class PartitionMap:
     """Which partition trains on what.
 
-    `members[k]` are the configured domains of partition k. With `by_document` every domain is
-    spread over all partitions and `members[k]` is the whole domain list.
+    `members[k]` are the configured domains of partition k. With `by_document` a domain is spread
+    over partitions: under `random` over all, so that `members[k]` is the whole domain list; under
+    `cluster` over those that hold training documents of it.
     """
 
     method: str
     members: tuple[tuple[str, ...], ...]
     by_document: bool
     seed: int
+    clusters: ClusterLabels | None = field(default=None, compare=False)
+    clusters_hash: str | None = None
 
     @property
     def n(self) -> int:
@@ -36,7 +71,10 @@ class PartitionMap:
 
     def identity(self, k: int) -> list[Any]:
         """What makes partition k itself, independent of present data: seeds derive from this."""
-        return [sorted(self.members[k]), [k, self.n, self.seed] if self.by_document else None]
+        if not self.by_document:
+            return [sorted(self.members[k]), None]
+        found = [k, self.n, self.seed, *([self.clusters_hash] if self.clusters_hash else [])]
+        return [sorted(self.members[k]), found]
 
     def share(self, k: int) -> float:
         """Configured share in (0, 1] of all domains that partition k holds."""
@@ -56,6 +94,8 @@ class PartitionMap:
         """Partition of each document, (documents,) int64."""
         if not self.by_document:
             return np.full(len(document_ids), self.partition_of(domain), dtype=np.int64)
+        if self.clusters is not None:
+            return self.clusters.of(domain, document_ids)
         salt = f"{self.seed}:".encode()
         hashes = [hashlib.sha256(salt + i.encode()).digest()[:8] for i in document_ids]
         # 64 bits modulo n: the bias is below n / 2^64.
@@ -68,8 +108,10 @@ class PartitionMap:
             "method": self.method,
             "members": [list(group) for group in self.members],
             "by_document": self.by_document,
-            "seed": self.seed if self.method.startswith("random") else None,
+            "seed": self.seed if self.by_document or self.method == "random_language" else None,
         }
+        if self.clusters_hash:
+            body["clusters"] = self.clusters_hash
         return {**body, "hash": digest(body)}
 
 
@@ -77,6 +119,8 @@ def make_partition_map(config: Config) -> PartitionMap:
     """The map of a config; UserError if the method cannot make that n."""
     method, n, seed = config.partition.method, config.partition.n, config.partition.seed
     domains = config.data.domains
+    if method == "cluster":
+        return _cluster_map(config)
     if method == "random":
         return PartitionMap(method, (domains,) * n, True, seed)
     if n > len(domains):
@@ -121,4 +165,33 @@ def _family_groups(domains: tuple[str, ...], n: int) -> tuple[tuple[str, ...], .
     raise UserError(
         f"partition.n: method family cannot make {n} partitions of these domains"
         f" (possible: {', '.join(map(str, possible))})"
+    )
+
+
+def _cluster_map(config: Config) -> PartitionMap:
+    """The fitted map of a run; UserError if there is none yet."""
+    folder = config.run_dir / "partition" / "clusters"
+    if not is_complete(folder):
+        raise UserError(
+            f"{folder}: documents are not clustered yet; run: python train_det_router.py CONFIG"
+        )
+    verify(folder)
+    summary = read_json(folder / "clusters.json")
+    if summary["n"] != config.partition.n:
+        raise UserError(
+            f"{folder}: has {summary['n']} clusters, partition.n is {config.partition.n}; run:"
+            " python train_det_router.py CONFIG"
+        )
+    counts = summary["train_documents"]
+    members = tuple(
+        tuple(d for d in config.data.domains if counts.get(d, [0] * (k + 1))[k])
+        for k in range(config.partition.n)
+    )
+    return PartitionMap(
+        "cluster",
+        members,
+        True,
+        config.partition.seed,
+        ClusterLabels(folder),
+        content_hash(folder),
     )

@@ -75,6 +75,7 @@ def environment(config: Config) -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
+        "scikit-learn": importlib.metadata.version("scikit-learn"),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": config.threads or os.cpu_count(),
         "device": device.type,

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from tiered.config import Config, plain
+from tiered.clusters import document_vectors, fit_tfidf, write_clusters
+from tiered.config import SPLITS, Config, plain
 from tiered.data import ProcessedData
 from tiered.modeling_tiered import (
     Level1Config,
@@ -29,6 +30,7 @@ from tiered.store import (
     TIMINGS,
     UserError,
     atomic_folder,
+    code_hash,
     content_hash,
     digest,
     is_complete,
@@ -55,6 +57,10 @@ def level1_config(config: Config, data: ProcessedData) -> Level1Config:
             max_position_embeddings=config.data.block_size,
             ngram_buckets=section.ngram_buckets,
             ngram_max=section.ngram_max,
+            tfidf_buckets=section.tfidf_buckets,
+            tfidf_ngram_max=section.tfidf_ngram_max,
+            tfidf_dimensions=section.tfidf_dimensions,
+            metric="euclidean" if config.partition.method == "cluster" else "cosine",
             pad_token_id=data.pad_id,
             eos_token_id=data.separator_id,
         )
@@ -104,8 +110,21 @@ def router_inputs(config: Config, data: ProcessedData, partitions: PartitionMap)
     return digest([embedder_inputs(config, data), partitions.as_json()["hash"]])
 
 
+def check_clusters(config: Config, data: ProcessedData) -> None:
+    """Raise UserError if the run's cluster map was fitted by another config or on other data."""
+    if config.partition.method != "cluster":
+        return
+    folder = config.run_dir / "partition" / "clusters"
+    if read_json(folder / "clusters.json")["inputs"] != cluster_inputs(config, data):
+        raise UserError(
+            f"{folder}: fitted by another config or on other data than this config's; run:"
+            " python train_det_router.py CONFIG"
+        )
+
+
 def check_router(config: Config, data: ProcessedData, partitions: PartitionMap) -> None:
     """Raise UserError if the run's router was made from another config or other data."""
+    check_clusters(config, data)
     folder = config.run_dir / "router"
     if read_json(folder / "router.json")["inputs"] != router_inputs(config, data, partitions):
         raise UserError(
@@ -115,12 +134,19 @@ def check_router(config: Config, data: ProcessedData, partitions: PartitionMap) 
 
 
 def train_embedder(config: Config, data: ProcessedData) -> Path | None:
-    """Folder of the Level-1 embedder LM, trained on the router split of present domains."""
+    """Folder of the Level-1 embedder (LM or tf-idf), fitted on the present router split."""
     folder = embedder_folder(config, data)
     if folder is None:
         return None
     if is_complete(folder) and not config.overwrite:
         verify(folder)
+        return folder
+    if config.router.embedder == "tfidf":
+        begin = time.perf_counter()
+        embedder = fit_tfidf(config, level1_config(config, data), data)
+        with atomic_folder(folder) as path:
+            save_file(embedder.state_dict(), path / "model.safetensors")
+            write_json(path / TIMINGS, {"seconds": time.perf_counter() - begin})
         return folder
     domains = sorted(data.domains)  # as the address: the order of the config changes nothing
     blocks = np.concatenate([router_blocks(config, data, d) for d in domains])
@@ -164,15 +190,78 @@ def make_router(
     A centroid is the mean embedding of its router-split blocks. Returns the router and each
     centroid's domain (None: a partition's).
     """
+    if partitions.method == "cluster":
+        return _cluster_router(config, data, partitions, embedder)
     groups = _centroid_groups(config, data, partitions)
     router = Level1Router(level1_config(config, data), partitions.n, len(groups))
-    if embedder is not None:
-        router.embedder = Level1Embedder.from_pretrained(embedder)
+    load_embedder(router, embedder)
     router.eval().to(device_of(config))
     for c, (_, k, blocks) in enumerate(groups):
         router.centroids[c] = _mean_embedding(router, blocks, config.router.batch_rows)
         router.centroid_partition[c] = k
     return router.cpu(), [domain for domain, _, _ in groups]
+
+
+def load_embedder(router: Level1Router, folder: Path | None) -> None:
+    """Give a router the fitted embedder of a folder (None: it needs no fit)."""
+    if folder is None:
+        return
+    config = router.embedder.config
+    if config.embedder == "transformer":
+        router.embedder = Level1Embedder.from_pretrained(folder)
+        router.embedder.config.metric = config.metric  # a router's own, its embedder is shared
+    else:
+        router.embedder.load_state_dict(load_file(folder / "model.safetensors"))
+
+
+def _cluster_router(
+    config: Config, data: ProcessedData, partitions: PartitionMap, embedder: Path | None
+) -> tuple[Level1Router, list[str | None]]:
+    """Router of a cluster map: a cluster's centroid is the mean of the unit vectors of its present
+    router-split documents. One that has none left is left out."""
+    router = Level1Router(level1_config(config, data), partitions.n, partitions.n)
+    load_embedder(router, embedder)
+    router.eval()
+    limit = config.router.tokens_per_domain
+    sums = torch.zeros(router.centroids.shape, dtype=torch.float64)
+    counts = torch.zeros(partitions.n, dtype=torch.long)
+    for domain in sorted(data.domains):
+        documents = data.documents(domain, "router", limit)
+        vectors = torch.from_numpy(document_vectors(config, router.embedder, documents)).double()
+        labels = partitions.assign(domain, data.document_ids(domain, "router")[: len(vectors)])
+        labels = torch.from_numpy(labels)
+        sums.index_add_(0, labels, vectors)
+        counts += torch.bincount(labels, minlength=partitions.n)
+    present = counts.nonzero()[:, 0]
+    router.centroids = (sums[present] / counts[present, None]).float()
+    router.centroid_partition = present
+    return router.cpu(), [None] * len(present)
+
+
+def build_clusters(config: Config, data: ProcessedData) -> Path:
+    """Store folder of a config's cluster map, fitted if it is not there yet."""
+    if config.router.embedder == "hashed_ngrams":
+        raise UserError(
+            "router.embedder: hashed_ngrams cannot be clustered; use transformer, tfidf"
+        )
+    embedder = train_embedder(config, data)
+    inputs = cluster_inputs(config, data)
+    folder = config.store_dir / "clusters" / digest([inputs, environment(config)])
+    if is_complete(folder) and not config.overwrite:
+        verify(folder)
+        return folder
+    router = Level1Router(level1_config(config, data), config.partition.n, 0)
+    load_embedder(router, embedder)
+    write_clusters(config, data, router.embedder.eval(), folder, inputs)
+    return folder
+
+
+def cluster_inputs(config: Config, data: ProcessedData) -> str:
+    """Hash of what config and data say of a cluster map, the environment apart."""
+    splits = {d: [data.split_hash(d, s) for s in SPLITS] for d in data.domains}
+    code = code_hash("tiered/clusters.py", "tiered/kmeans.py")
+    section = plain(config.partition)
+    return digest([embedder_inputs(config, data), section["n"], section["seed"], splits, code])
 
 
 def _centroid_groups(
@@ -258,8 +347,8 @@ def load_router(folder: Path, command: str) -> tuple[Level1Router, list[str | No
     tensors = load_file(folder / "centroids.safetensors")
     config = Level1Config.from_pretrained(folder)
     router = Level1Router(config, meta["num_partitions"], len(meta["domains"]))
-    if config.embedder == "transformer":
-        router.embedder = Level1Embedder.from_pretrained(folder / "embedder")
+    trained = folder / "embedder"
+    load_embedder(router, trained if trained.is_dir() else None)
     router.centroids, router.centroid_partition = (
         tensors["centroids"],
         tensors["centroid_partition"],

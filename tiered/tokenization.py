@@ -134,14 +134,34 @@ class Encoder:
 
     def _piece_tables(self, added: dict[int, Any]) -> tuple[np.ndarray, np.ndarray]:
         """Bytes and characters (bytes that start one) of every token, (V,) int64 each."""
+        counts = [(len(raw), sum(byte & 0xC0 != 0x80 for byte in raw)) for raw in self.pieces()]
+        for i, token in added.items():  # the special ones too, which have no text of their own
+            counts[i] = (len(token.content.encode()), len(token.content))
+        tables = np.array(counts, dtype=np.int64)
+        return tables[:, 0], tables[:, 1]
+
+    def pieces(self) -> list[bytes]:
+        """The text of every token id as UTF-8 bytes (those of one character may stand in several
+        tokens); empty for special tokens and ids without a token.
+
+        Of tokenizers that are not byte-level: `##` continues a word, any other piece or the sign
+        U+2581 begins one after a space.
+        """
         value = {character: byte for byte, character in enumerate(byte_alphabet())}
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
-        tables = np.zeros((2, max(vocabulary.values()) + 1), dtype=np.int64)
+        pieces = [b""] * (max(vocabulary.values()) + 1)
+        added = self.backend.get_added_tokens_decoder()
+        wordpiece = any(piece.startswith("##") for piece in vocabulary)
         for piece, i in vocabulary.items():
-            # added tokens are stored as text, pieces as one character per byte.
-            raw = piece.encode() if i in added else [value.get(c, 0x80) for c in piece]
-            tables[:, i] = len(raw), sum(byte & 0xC0 != 0x80 for byte in raw)
-        return tables[0], tables[1]
+            if i in added:  # stored as text, the others as one character per byte
+                pieces[i] = b"" if added[i].special else piece.encode()
+            elif self.byte_level:
+                pieces[i] = bytes(value.get(c, 0x80) for c in piece)
+            elif wordpiece:
+                pieces[i] = (piece[2:] if piece.startswith("##") else f" {piece}").encode()
+            else:
+                pieces[i] = piece.replace("\u2581", " ").encode()
+        return pieces
 
     def encode(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(ids, bytes, characters) per text, each (tokens,); the sums are the text's, exactly."""

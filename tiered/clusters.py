@@ -1,0 +1,205 @@
+"""Level 1 without labels: tf-idf, document vectors, cluster maps (c-BTM, arXiv:2303.14177).
+
+A cluster map is fitted on the router split by balanced k-means; every other document goes to its
+nearest centre. runs/<experiment>/partition/ holds it: centres.safetensors, labels/<domain>/
+<split>.safetensors (see `partition.ClusterLabels`), map.json.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import save_file
+from sklearn.decomposition import TruncatedSVD
+from sklearn.preprocessing import normalize
+from torch import nn
+
+from tiered.config import SPLITS, Config
+from tiered.data import ProcessedData
+from tiered.kmeans import Clusters, balanced_kmeans, nearest
+from tiered.metrics import partition_nmi
+from tiered.modeling_tiered import Level1Config, TfidfEmbedder
+from tiered.partition import id_hashes
+from tiered.record import device_of
+from tiered.store import TIMINGS, UserError, atomic_folder, seed_of, write_json
+from tiered.tokenization import Encoder
+
+CHUNK_TOKENS = 2**17  # tokens of documents whose n-grams are held at once
+
+
+def fit_tfidf(config: Config, level1: Level1Config, data: ProcessedData) -> TfidfEmbedder:
+    """Tf-idf embedder of the present domains' router split.
+
+    idf = ln((1 + documents) / (1 + documents with the n-gram)) + 1 over all of it (buckets in
+    fewer than tfidf_min_df documents are left out); the SVD is of the first tfidf_documents of
+    every domain, of unit length each.
+    """
+    section = config.router
+    embedder = TfidfEmbedder(level1)
+    pieces = Encoder(data.folder / "tokenizer").pieces()
+    for i, piece in enumerate(pieces):
+        # a longer token's tail is lost; the table's width is set for words, not for runs of spaces
+        part = torch.frombuffer(bytearray(piece), dtype=torch.uint8) if piece else torch.empty(0)
+        part = part[: level1.tfidf_token_bytes].to(torch.int16)
+        embedder.token_bytes[i, : len(part)] = part
+    frequency, documents, kept = np.zeros(section.tfidf_buckets), 0, []
+    for domain in sorted(data.domains):
+        used = 0
+        for chunk in _chunks(data.documents(domain, "router", section.tokens_per_domain)):
+            counts = _counts(embedder, chunk)
+            frequency += counts.getnnz(axis=0)
+            documents += counts.shape[0]
+            if used < section.tfidf_documents:
+                kept.append(counts[: section.tfidf_documents - used])
+                used += kept[-1].shape[0]
+    idf = np.log((1 + documents) / (1 + frequency)) + 1
+    idf[frequency < section.tfidf_min_df] = 0
+    columns = np.flatnonzero(idf)
+    rows = normalize(scipy.sparse.vstack(kept)[:, columns].multiply(idf[columns]).tocsr())
+    dimensions = section.tfidf_dimensions
+    if min(rows.shape) <= dimensions:
+        raise UserError(
+            f"router.tfidf_dimensions: {dimensions} need more than {dimensions} documents and"
+            f" n-grams in the router split, found {rows.shape[0]} and {rows.shape[1]}"
+        )
+    seed = seed_of(config.seed, "tfidf", sorted(config.data.domains))
+    svd = TruncatedSVD(dimensions, random_state=seed).fit(rows)
+    projection = np.zeros((section.tfidf_buckets, dimensions), dtype=np.float32)
+    projection[columns] = (svd.components_ * idf[columns]).T
+    embedder.projection.copy_(torch.from_numpy(projection))
+    return embedder
+
+
+def _chunks(documents: Iterator[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Documents in groups of at most CHUNK_TOKENS tokens (a longer one alone)."""
+    group, tokens = [], 0
+    for document in documents:
+        if group and tokens + len(document) > CHUNK_TOKENS:
+            yield group
+            group, tokens = [], 0
+        group.append(document)
+        tokens += len(document)
+    if group:
+        yield group
+
+
+def _padded(documents: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Documents as rows (B, T) padded on the right, and their mask."""
+    lengths = torch.tensor([len(d) for d in documents])
+    ids = torch.zeros(len(documents), int(lengths.max()), dtype=torch.long)
+    for row, document in zip(ids, documents, strict=True):
+        row[: len(document)] = torch.from_numpy(document.astype(np.int64))
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+
+def _counts(embedder: TfidfEmbedder, documents: list[np.ndarray]) -> scipy.sparse.csr_matrix:
+    """Bucket counts of documents, (documents, buckets)."""
+    ids = torch.from_numpy(np.concatenate(documents).astype(np.int64))
+    owner = np.repeat(np.arange(len(documents)), [len(d) for d in documents])
+    bucket, end = (t.numpy() for t in embedder.ngrams(ids, torch.from_numpy(owner)))
+    shape = (len(documents), embedder.config.tfidf_buckets)
+    ones = np.ones(len(bucket), dtype=np.float32)
+    counts = scipy.sparse.csr_matrix((ones, (owner[end], bucket)), shape=shape)
+    counts.sum_duplicates()
+    return counts
+
+
+@torch.inference_mode()
+def document_vectors(
+    config: Config, embedder: nn.Module, documents: Iterator[np.ndarray]
+) -> np.ndarray:
+    """Unit vectors (documents, D) float32; the transformer reads a document's first block."""
+    device, parts = device_of(config), []
+    embedder = embedder.to(device)
+    reads = config.data.block_size if config.router.embedder == "transformer" else None
+    for chunk in _chunks(d[:reads] for d in documents):
+        order = np.argsort([len(d) for d in chunk], kind="stable")  # neighbours need little padding
+        found = torch.zeros(len(chunk), 0)
+        for rows in np.array_split(order, max(1, len(order) // config.router.batch_rows)):
+            ids, mask = _padded([chunk[i] for i in rows])
+            part = embedder.row_embeddings(ids.to(device), mask.to(device)).float().cpu()
+            if not found.shape[1]:
+                found = torch.zeros(len(chunk), part.shape[1])
+            found[torch.from_numpy(rows)] = part
+        parts.append(nn.functional.normalize(found, dim=-1).numpy())
+    return np.concatenate(parts) if parts else np.zeros((0, 1), dtype=np.float32)
+
+
+def fit_clusters(
+    config: Config, data: ProcessedData, embedder: nn.Module
+) -> tuple[Clusters, dict[str, np.ndarray]]:
+    """Balanced clusters of the present router-split documents, and each domain's labels."""
+    vectors = {
+        domain: document_vectors(
+            config, embedder, data.documents(domain, "router", config.router.tokens_per_domain)
+        )
+        for domain in sorted(data.domains)
+    }
+    total, n = sum(map(len, vectors.values())), config.partition.n
+    if total < n:
+        raise UserError(f"partition.n: {n} clusters need at least {n} documents, found {total}")
+    seed = seed_of(config.partition.seed, "cluster", sorted(config.data.domains))
+    clusters = balanced_kmeans(np.concatenate(list(vectors.values())), n, seed)
+    ends = np.cumsum([len(v) for v in vectors.values()])[:-1]
+    labels = np.split(clusters.labels, ends)
+    return clusters, dict(zip(vectors, labels, strict=True))
+
+
+def write_clusters(
+    config: Config, data: ProcessedData, embedder: nn.Module, folder: Path, inputs: str
+) -> None:
+    """Fit a cluster map and write it: every document of every split with its cluster."""
+    begin = time.perf_counter()
+    clusters, fitted = fit_clusters(config, data, embedder)
+    counts: dict[str, list[int]] = {}
+    with atomic_folder(folder) as path:
+        save_file({"centres": torch.from_numpy(clusters.centres)}, path / "centres.safetensors")
+        for domain in data.domains:
+            for split in SPLITS:
+                labels = fitted[domain]
+                if split != "router":
+                    vectors = document_vectors(config, embedder, data.documents(domain, split))
+                    labels = nearest(vectors, clusters.centres) if len(vectors) else labels[:0]
+                if split == "train":
+                    counts[domain] = np.bincount(labels, minlength=config.partition.n).tolist()
+                _write_labels(path, domain, split, data.document_ids(domain, split), labels)
+        write_json(path / "clusters.json", _summary(config, clusters, fitted, counts, inputs))
+        write_json(path / TIMINGS, {"seconds": time.perf_counter() - begin})
+
+
+def _write_labels(
+    folder: Path, domain: str, split: str, ids: list[str], labels: np.ndarray
+) -> None:
+    """Labels of a split's documents (those beyond a token limit have none), sorted by id hash."""
+    hashes = id_hashes(ids[: len(labels)])
+    order = np.argsort(hashes, kind="stable")
+    arrays = {"ids": hashes[order], "labels": labels[order].astype(np.int16)}
+    path = folder / "labels" / domain / f"{split}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_arrays(arrays, path)
+
+
+def _summary(
+    config: Config,
+    clusters: Clusters,
+    fitted: dict[str, np.ndarray],
+    counts: dict[str, list[int]],
+    inputs: str,
+) -> dict[str, Any]:
+    """What a reader and the partition map want to know of a fit."""
+    domains = np.concatenate([np.full(len(v), i) for i, v in enumerate(fitted.values())])
+    labels = np.concatenate(list(fitted.values()))
+    return {
+        "inputs": inputs,
+        "n": config.partition.n,
+        "embedder": config.router.embedder,
+        "inertia": clusters.inertia,
+        "fitted_sizes": np.bincount(clusters.labels, minlength=config.partition.n).tolist(),
+        "nmi_with_domain": partition_nmi(domains, labels),
+        "train_documents": counts,
+    }
