@@ -38,6 +38,7 @@ def main(config: Config) -> None:
         config,
         {
             "tokenizer": sorted(data.manifest["tokenizer"]["trained_on"]),
+            "map": list(data.domains) if config.partition.method == "cluster" else [],
             "router": list(data.domains) if trained else [],
             "centroids": [d or sorted(data.domains) for d in domains],
         },

@@ -1,6 +1,7 @@
 """Fixtures that several test files share; nothing here needs a network."""
 
 import gzip
+import itertools
 import json
 import os
 import resource
@@ -67,6 +68,7 @@ TINY_EXPERIMENTS = {
     "n2": "partition: {method: family, n: 2}",
     "n4": "partition: {method: language, n: 4}",
     "r2": "partition: {method: random, n: 2}",
+    "k4": "partition: {method: cluster, n: 4}\nrouter: {embedder: tfidf, tfidf_dimensions: 16}",
 }
 
 
@@ -125,9 +127,29 @@ def run_stages(folder: Path, stages, *arguments) -> str:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """A finished tiny pipeline: n = 1, 2 (family), 4 (language), 2 (random documents)."""
+    """A finished tiny pipeline: n = 1, 2 (family), 4 (language), 2 (random documents),
+    4 (clusters)."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny_project(folder)
     experiments = [f"configs/{name}.yaml" for name in TINY_EXPERIMENTS]
     (folder / "output.txt").write_text(run_stages(folder, STAGES, *experiments))
     return folder
+
+
+def brute_ngrams(pieces: list[bytes], buckets: int, longest: int) -> list[tuple[int, int]]:
+    """(bucket, token that completes it) of every character n-gram of a text cut into pieces."""
+    text, ends = b"".join(pieces).decode(), []
+    bounds = list(itertools.accumulate(map(len, pieces)))
+    for i in range(len(text)):  # the token in which character i ends
+        last = len(text[: i + 1].encode())
+        ends.append(next(t for t, bound in enumerate(bounds) if bound >= last))
+    code_of = lambda c: int.from_bytes(c.encode(), "little")  # noqa: E731
+    found = []
+    for i in range(len(text)):
+        code = 0
+        for length in range(1, longest + 1):
+            if i - length + 1 < 0:
+                break
+            code = (code * 1_000_003 + code_of(text[i - length + 1]) + 7 * length) % 2_147_483_629
+            found.append((code % buckets, ends[i]))
+    return found

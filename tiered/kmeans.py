@@ -54,8 +54,9 @@ def balanced_assignment(
     prices = np.zeros(k) if prices is None else prices.astype(np.float64)
     spread = float((costs.max(1) - costs.min(1)).mean(dtype=np.float64))
     # From coarse to fine (epsilon scaling): small steps alone would fight over one vector for long.
+    least = 1e-9 * float(costs.max()) + np.finfo(np.float32).tiny  # what a price can be seen to do
     for share in EPSILONS:
-        labels = _auction(costs, prices, max(share * spread, np.finfo(np.float32).tiny))
+        labels = _auction(costs, prices, max(share * spread, least))
     return labels, prices
 
 

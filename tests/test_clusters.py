@@ -1,0 +1,123 @@
+"""Cluster maps of the tiny pipeline: tf-idf by hand, nearest centres, kept when a domain goes."""
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import brute_ngrams
+from tiered.clusters import document_vectors
+from tiered.config import SPLITS, Config, load
+from tiered.data import ProcessedData
+from tiered.kmeans import nearest
+from tiered.partition import make_partition_map
+from tiered.router import check_clusters, load_router
+from tiered.store import UserError, read_json
+
+
+@pytest.fixture(scope="module")
+def run(tiny, monkeypatch_module) -> tuple[Config, ProcessedData]:
+    """Config and data of the tiny cluster experiment, seen from its project folder."""
+    monkeypatch_module.chdir(tiny)
+    config = load(Path("configs/k4.yaml"))
+    return config, ProcessedData(config)
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def test_tfidf_vectors_by_hand(run):
+    """Counts of the decoded text's n-grams, the idf formula, and the projection found with them."""
+    config, data = run
+    router, _ = load_router(config.run_dir / "router", "")
+    buckets = config.router.tfidf_buckets
+    texts = {
+        d: [data.tokenizer.decode(ids) for ids in data.documents(d, "router")] for d in data.domains
+    }
+    counts = [
+        Counter(b for b, _ in brute_ngrams([t.encode()], buckets, 3))
+        for d in texts
+        for t in texts[d]
+    ]
+    frequency = Counter(b for c in counts for b in c)
+    # a projected direction is idf times an orthonormal component
+    projection = router.embedder.projection.double()
+    idf = torch.zeros(buckets, dtype=torch.float64)
+    for bucket, documents in frequency.items():
+        if documents >= config.router.tfidf_min_df:
+            idf[bucket] = math.log((1 + len(counts)) / (1 + documents)) + 1
+    assert torch.equal(projection.abs().sum(1) > 0, idf > 0)
+    components = (projection / idf[:, None])[idf > 0]
+    gram = components.T @ components
+    assert torch.allclose(gram, torch.eye(len(gram), dtype=torch.float64), atol=1e-4)
+    vectors = np.concatenate(
+        [document_vectors(config, router.embedder, data.documents(d, "router")) for d in texts]
+    )
+    for vector, count in zip(vectors, counts, strict=True):
+        expected = sum(n * projection[b] for b, n in count.items())
+        assert np.allclose(vector, expected / expected.norm(), atol=1e-5)
+
+
+def test_every_document_stands_in_its_nearest_cluster_and_the_fit_is_balanced(run):
+    config, data = run
+    partitions = make_partition_map(config)
+    router, _ = load_router(config.run_dir / "router", "")
+    folder = config.run_dir / "partition/clusters"
+    centres = load_file(folder / "centres.safetensors")["centres"].numpy()
+    fitted = []
+    for domain in data.domains:
+        for split in SPLITS:
+            labels = partitions.assign(domain, data.document_ids(domain, split))
+            assert ((labels >= 0) & (labels < 4)).all()
+            vectors = document_vectors(config, router.embedder, data.documents(domain, split))
+            if split == "router":
+                fitted.append((vectors, labels))
+            elif len(vectors):
+                assert np.array_equal(labels, nearest(vectors, centres))
+    vectors, labels = (np.concatenate(part) for part in zip(*fitted, strict=True))
+    sizes = np.bincount(labels, minlength=4)
+    assert sizes.max() - sizes.min() <= 1
+    # centre, centroid of the router and mean of the fitted documents are one
+    means = np.stack([vectors[labels == k].mean(0) for k in range(4)])
+    assert np.allclose(centres, means, atol=1e-5)
+    assert np.allclose(router.centroids.numpy(), means, atol=1e-5)
+    assert router.embedder.config.metric == "euclidean"
+    # scripts of this profile are far apart: clusters are languages (E3)
+    assert read_json(folder / "clusters.json")["nmi_with_domain"]["train"] > 0.9
+
+
+def test_the_map_is_kept_when_a_domain_goes_and_the_claim_says_so(run):
+    config, data = run
+    whole, without = make_partition_map(config), make_partition_map(config.without("hi"))
+    assert whole == without and whole.identity(0) == without.identity(0)
+    ids = data.document_ids("en", "train")
+    assert np.array_equal(whole.assign("en", ids), without.assign("en", ids))
+    # members are the domains with training documents in a cluster
+    for k, members in enumerate(whole.members):
+        for domain in data.domains:
+            held = (whole.assign(domain, data.document_ids(domain, "train")) == k).any()
+            assert held == (domain in members)
+    system = read_json(config.run_dir / "unlearn/hi/gold/system/system.json")
+    assert system["exact"] and "map" in system["exact_given"]
+
+
+def test_another_config_is_told_to_cluster_anew(run):
+    config, data = run
+    check_clusters(config, data)
+    other = load(Path("configs/k4.yaml"), ("partition.seed=5",))
+    with pytest.raises(UserError, match="fitted by another config"):
+        check_clusters(other, data)
+    other = load(Path("configs/k4.yaml"), ("partition.n=3",))
+    with pytest.raises(UserError, match=r"has 4 clusters, partition\.n is 3"):
+        make_partition_map(other)
+    other = load(Path("configs/k4.yaml"), ("name=new",))
+    with pytest.raises(UserError, match=r"run: python train_det_router\.py CONFIG"):
+        make_partition_map(other)
+    assert make_partition_map(config).assign("hi", ["unknown"]).tolist() == [-1]
