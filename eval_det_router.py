@@ -1,7 +1,7 @@
 """Utility and routing quality of the tiered model, per domain and macro.
 
 Reads   runs/<experiment>/router/, models/, data/processed/<key>/
-Writes  runs/<experiment>/eval/utility.json, eval/rows.parquet
+Writes  runs/<experiment>/eval/utility.json, eval/rows.parquet, eval/mixtures.parquet (if any)
 
     python eval_det_router.py configs/quickstart/n16.yaml             # CPU, seconds
     python eval_det_router.py configs/c4/trained/n16.yaml eval.rows_per_domain=0   # one GPU
@@ -11,7 +11,14 @@ from tqdm import tqdm
 
 from tiered.config import Config, run_script
 from tiered.data import ProcessedData
-from tiered.evaluation import evaluate, evaluation_key, finished, score_cache, write_rows
+from tiered.evaluation import (
+    evaluate,
+    evaluate_mixtures,
+    evaluation_key,
+    finished,
+    score_cache,
+    write_rows,
+)
 from tiered.partition import make_partition_map
 from tiered.record import start, timed
 from tiered.router import check_router, load_models, load_router, run_models, tiered_model
@@ -40,11 +47,18 @@ def main(config: Config) -> None:
             # 3. scores of every domain, routed partitions only
             bar = tqdm(data.domains, desc=f"{config.name} evaluation", unit="domain", disable=None)
             result, table = evaluate(config, data, partitions, model, cache, lambda _: bar)
+            # 4. mixtures: every partition's model on every row
+            if config.eval.mixtures:
+                title = f"{config.name} mixtures"
+                bar = tqdm(data.domains, desc=title, unit="domain", disable=None)
+                found = evaluate_mixtures(config, data, model, cache, lambda _, bar=bar: bar)
+                result["mixtures"], mixed = found
+                write_rows(path.with_name("mixtures.parquet"), mixed)
             result["models"], result["inputs"] = {str(k): h for k, h in hashes.items()}, inputs
-            # 4. rows first, so that utility.json stands for a finished stage
+            # 5. rows first, so that utility.json stands for a finished stage
             write_rows(path.with_name("rows.parquet"), table)
             write_json(path, result)
-    # 5. what a reader wants to see at once
+    # 6. what a reader wants to see at once
     for scope, figures in result["macro"].items():
         if isinstance(figures, dict):
             gain = figures["gain_over_unigram"]
@@ -53,6 +67,9 @@ def main(config: Config) -> None:
                 f" {abs(gain):.1%} {'below' if gain >= 0 else 'above'} the unigram,"
                 f" accuracy {figures['accuracy']:.3f}"
             )
+    for label, figures in result.get("mixtures", {}).get("macro", {}).items():
+        if isinstance(figures, dict):
+            print(f"{config.name} mixture {label}: {figures['bpb']:.3f} bits per byte")
     print(f"{config.name} routing accuracy: {result['routing']['sample_accuracy']}")
 
 

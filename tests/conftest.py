@@ -60,7 +60,12 @@ training:
   per_device_train_batch_size: 8
   logging_steps: 5
   save_steps: 10
-eval: {rows_per_domain: 8, batch_rows: 8, context_lengths: [1, 8, 16]}
+eval:
+  rows_per_domain: 8
+  batch_rows: 8
+  context_lengths: [1, 8, 16]
+  mixtures: [distance, bayes_cached, average, parameter_average]
+  top_k: [1, 0]
 unlearn: {forget: [hi], forget_rows: 30, retain_rows: 8, bootstrap_samples: 100}
 """
 TINY_EXPERIMENTS = {

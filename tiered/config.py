@@ -264,6 +264,34 @@ class EvalConfig:
     scopes: tuple[str, ...] = opt(
         ("oracle", "token", "sample"), "routing scopes", choices=("oracle", "token", "sample")
     )
+    mixtures: tuple[str, ...] = opt(
+        (),
+        "mixtures of all partition models' probabilities (n forward passes): weights by distance"
+        " (c-BTM), Bayes posteriors (DEMix, BTM), equal; hindsight: the row's best partition, a"
+        " bound; parameter_average: one model of mean weights",
+        choices=(
+            *("distance", "bayes_uniform", "bayes_updating", "bayes_cached"),
+            *("average", "hindsight", "parameter_average"),
+        ),
+    )
+    temperatures: tuple[float, ...] = opt(
+        (0.1,), "temperatures T of the distance mixture, exp(-distance^power / T)", low=1e-9
+    )
+    top_k: tuple[int, ...] = opt(
+        (0,), "partitions mixed by distance and Bayes, the heaviest ones; 0: all", low=0
+    )
+    distance_power: int = opt(
+        2, "power of the distance (c-BTM's public code has 4)", choices=(2, 4)
+    )
+    routing_fraction: float = opt(
+        1.0, "share of a row after which distance weights are kept", low=1e-6, high=1
+    )
+    likelihood: str = opt(
+        "cumulative",
+        "evidence of Bayes posteriors: all earlier tokens, or the last one (DEMix's public code)",
+        choices=("cumulative", "last_token"),
+    )
+    cached_rows: int = opt(100, "validation rows that make the cached prior", low=1)
     context_lengths: tuple[int, ...] = opt(
         (1, 2, 4, 8, 16, 32, 64),
         "prefix lengths at which routing accuracy is read, tokens; those beyond a row are left out",

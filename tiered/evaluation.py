@@ -3,6 +3,7 @@
 Shapes: R rows, T tokens per row, S = T - 1 scored positions, N partitions.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,14 +14,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from transformers import PreTrainedModel
 
 from tiered.config import Config, plain
 from tiered.data import ProcessedData, Rows, unigram_log_probs
 from tiered.metrics import UNDEFINED, bits_per_byte, maximal_nmi, partition_nmi
+from tiered.mixtures import MIXTURES, Evidence, MixtureSettings, mix
 from tiered.modeling_tiered import TieredForCausalLM, assign
 from tiered.partition import PartitionMap
 from tiered.record import SCORING_CODE, environment
-from tiered.scoring import ScoreCache, TokenScores, score_rows
+from tiered.scoring import ScoreCache, TokenScores, score_prefixes, score_rows
 from tiered.store import code_hash, content_hash, digest, read_json
 
 SCHEMA = 3
@@ -198,6 +201,142 @@ def routing_accuracy(
     return {str(c): float(hits[:, c - 1].float().mean()) for c in lengths}
 
 
+def partition_log_probs(
+    model: TieredForCausalLM, rows: Rows, batch_rows: int, cache: ScoreCache | None
+) -> torch.Tensor:
+    """Log probability (R, S, N) float64 of every next token under every partition model; NaN where
+    a partition has none."""
+    shape = (len(rows.input_ids), rows.input_ids.shape[1] - 1)
+    every = {str(k): torch.full(shape, k) for k in model.present}
+    found = score_rows(model, rows.input_ids, every, batch_rows, cache)
+    result = torch.full((*shape, len(model.config.partitions)), torch.nan, dtype=torch.float64)
+    for k in model.present:
+        result[..., k] = -torch.from_numpy(found[str(k)].nll).double()
+    return result
+
+
+def mixture_settings(config: Config) -> dict[str, tuple[str, MixtureSettings]]:
+    """Every configured mixture by its label: its name and its settings."""
+    section, found = config.eval, {}
+    for name in section.mixtures:
+        swept = name not in ("average", "hindsight", "parameter_average")
+        for top_k in section.top_k if swept else (0,):
+            # one partition alone has weight 1 at every temperature
+            warm = name == "distance" and top_k != 1
+            for temperature in section.temperatures if warm else section.temperatures[:1]:
+                label = name + (f" T={temperature:g}" if warm else "")
+                label += f" top-{top_k}" if top_k else ""
+                found[label] = (
+                    name,
+                    MixtureSettings(
+                        temperature,
+                        top_k,
+                        section.distance_power,
+                        section.routing_fraction,
+                        section.likelihood,
+                    ),
+                )
+    return found
+
+
+def averaged_model(model: TieredForCausalLM) -> PreTrainedModel | None:
+    """One model with the mean of the partition models' weights; None if their shapes differ."""
+    states = [m.state_dict() for m in model.partitions.values()]
+    shapes = [{k: v.shape for k, v in state.items()} for state in states]
+    if any(s != shapes[0] for s in shapes):
+        return None
+    merged = copy.deepcopy(next(iter(model.partitions.values())))
+    mean = {
+        k: torch.stack([s[k].double() for s in states]).mean(0).to(v.dtype)
+        for k, v in states[0].items()
+    }
+    merged.load_state_dict(mean)
+    return merged.eval()
+
+
+def score_mixtures(
+    config: Config,
+    model: TieredForCausalLM,
+    rows: Rows,
+    earlier: Rows,
+    cache: ScoreCache | None = None,
+) -> dict[str, np.ndarray]:
+    """Summed nats per row (R,) of every configured mixture, from one pass of every partition.
+
+    earlier: rows that make the cached prior. Weights of a position come from tokens up to it.
+    """
+    wanted, batch_rows = mixture_settings(config), config.eval.batch_rows
+    results = {}
+    if "parameter_average" in wanted:
+        del wanted["parameter_average"]
+        merged = averaged_model(model)
+        if merged is not None:
+            ids = torch.from_numpy(np.ascontiguousarray(rows.input_ids))
+            nll, _ = score_prefixes(merged, ids, ids.shape[1] - 1, batch_rows)
+            results["parameter_average"] = nll.double().sum(1).numpy()
+    if not wanted:
+        return results
+    cached = any(name == "bayes_cached" for name, _ in wanted.values())
+    log_probs = partition_log_probs(model, rows, batch_rows, cache)
+    evidence = Evidence(
+        scores=router_scores(model, rows.input_ids, batch_rows),
+        log_probs=log_probs,
+        earlier=partition_log_probs(model, earlier, batch_rows, cache) if cached else log_probs[:0],
+        present=tuple(model.present),
+        metric=model.router.embedder.config.metric,
+    )
+    for label, (name, settings) in wanted.items():
+        nats = mix(MIXTURES[name](evidence, settings), log_probs)
+        results[label] = nats.sum(1).numpy()
+    return results
+
+
+def evaluate_mixtures(
+    config: Config,
+    data: ProcessedData,
+    model: TieredForCausalLM,
+    cache: ScoreCache | None = None,
+    progress: Any = iter,
+) -> tuple[dict[str, Any], pa.Table]:
+    """Bits per byte and perplexity of every configured mixture, per domain and macro; row sums."""
+    domains: dict[str, Any] = {}
+    tables = []
+    stream = "validation" if config.eval.split != "validation" else "test"
+    for domain in progress(data.domains):
+        rows = data.rows(domain, config.eval.split, config.eval.rows_per_domain)
+        earlier = data.rows(domain, stream, config.eval.cached_rows)
+        tokens, size = rows.input_ids.shape[1] - 1, rows.token_bytes[:, 1:].sum(1)
+        domains[domain] = {}
+        for label, nats in score_mixtures(config, model, rows, earlier, cache).items():
+            tables.append(
+                pa.table(
+                    {
+                        "domain": pa.array([domain] * len(nats), pa.string()),
+                        "mixture": pa.array([label] * len(nats), pa.string()),
+                        "document_id": pa.array(list(rows.document_ids), pa.string()),
+                        "loss_nats": nats,
+                        "tokens": np.full(len(nats), tokens, dtype=np.int64),
+                        "bytes": size.astype(np.int64),
+                    }
+                )
+            )
+            domains[domain][label] = UNDEFINED
+            if float(rows.unk_share.mean()) <= MAX_UNK_SHARE:
+                domains[domain][label] = {
+                    "bpb": round(bits_per_byte(float(nats.sum()), float(size.sum())), 6),
+                    "perplexity": round(math.exp(nats.sum() / (tokens * len(nats))), 4),
+                }
+    macro = {}
+    for label in next(iter(domains.values())):
+        cells = [d[label] for d in domains.values() if d[label] != UNDEFINED]
+        macro[label] = UNDEFINED
+        if cells:
+            macro[label] = {
+                n: round(float(np.mean([c[n] for c in cells])), 6) for n in ("bpb", "perplexity")
+            }
+    return {"domains": domains, "macro": macro}, pa.concat_tables(tables)
+
+
 def evaluation_key(
     config: Config, data: ProcessedData, partitions: PartitionMap, models: Mapping[int, str]
 ) -> str:
@@ -224,6 +363,8 @@ def finished(path: Path, inputs: str) -> dict[str, Any] | None:
     if not (path.is_file() and path.with_name("rows.parquet").is_file()):
         return None
     result = read_json(path)
+    if "mixtures" in result and not path.with_name("mixtures.parquet").is_file():
+        return None
     return result if result.get("inputs") == inputs else None
 
 

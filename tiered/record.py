@@ -28,7 +28,8 @@ TRAINING_CODE = (
     *(f"tiered/{name}.py" for name in ("router", "training")),
 )
 SCORING_CODE = tuple(
-    f"tiered/{name}.py" for name in ("scoring", "evaluation", "metrics", "unlearning/protocol")
+    f"tiered/{name}.py"
+    for name in ("scoring", "evaluation", "mixtures", "metrics", "unlearning/protocol")
 )
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
 
