@@ -8,6 +8,8 @@ no implementation can avoid take part as a contender: the floor.
     python scripts/bench.py train-step --vocab 8192 --reference FILE.py --reference-python PYTHON
     python scripts/bench.py generate --batch 16
     python scripts/bench.py memory --tokens 1024 4096 16384
+    python scripts/bench.py routing --config configs/quickstart/n16.yaml    # a trained run
+    python scripts/bench.py clusters --vectors 10000 100000 1000000
 
 --reference names any file that offers MonetConfig and MonetForCausalLM; it may run in another
 interpreter, whose libraries differ from ours.
@@ -34,6 +36,8 @@ CASES = {
     "generate": ("ours", "compiled", "llama"),
     "purge": ("ours", "masked"),
     "memory": ("ours", "plain loss"),
+    "routing": ("ours", "one model", "all models"),
+    "clusters": ("ours", "scikit-learn"),
 }
 OLMOE_EXPERTS, OLMOE_ACTIVE = 64, 8
 
@@ -129,6 +133,10 @@ def make_step(kind: str, case: str, size: dict[str, Any]) -> Callable[[], None]:
 
     if kind == "products":
         return products_step(size)
+    if case == "routing":
+        return routing_step(kind, size)
+    if case == "clusters":
+        return clusters_step(kind, size)
     model = build_model(kind, size)
     rows = max(1, size["tokens"] // size["length"])
     ids = torch.randint(1, size["vocab"], (rows, size["length"]), device=device_of(size))
@@ -186,6 +194,71 @@ def compile_options() -> dict[str, Any]:
     compiled = CompileConfig(mode="default")
     compiled._compile_all_devices = True  # transformers compiles by itself only on accelerators
     return {"cache_implementation": "static", "compile_config": compiled}
+
+
+def routing_step(kind: str, size: dict[str, Any]) -> Callable[[], None]:
+    """Scores of a run's test rows: routed token by token (router included), by one of its models,
+    by all of them."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from tiered.config import load
+    from tiered.data import ProcessedData
+    from tiered.evaluation import router_scores
+    from tiered.modeling_tiered import assign
+    from tiered.partition import make_partition_map
+    from tiered.router import load_models, load_router, run_models, tiered_model
+    from tiered.scoring import score_rows
+
+    config = load(size["config"])
+    data, partitions = ProcessedData(config), make_partition_map(config)
+    router = load_router(config.run_dir / "router", "python train_det_router.py CONFIG")
+    model = tiered_model(
+        config, partitions, router, load_models(run_models(config, partitions, data))
+    )
+    rows = [data.rows(d, config.eval.split, size["rows"]).input_ids for d in data.domains]
+    batch_rows = config.eval.batch_rows
+
+    def step() -> None:
+        for ids in rows:
+            shape = (len(ids), ids.shape[1] - 1)
+            if kind == "ours":
+                chosen = {"token": assign(router_scores(model, ids, batch_rows), "token", 1)}
+            else:
+                used = model.present if kind == "all models" else model.present[:1]
+                chosen = {str(k): torch.full(shape, k) for k in used}
+            score_rows(model, ids, chosen, batch_rows)
+
+    return step
+
+
+def clusters_step(kind: str, size: dict[str, Any]) -> Callable[[], None]:
+    """Clusters of vectors of dimension 100 in 16 equal groups; the inertia goes to stderr."""
+    sys.path.insert(0, str(ROOT))
+    import numpy as np
+    from sklearn.cluster import KMeans
+
+    from tiered.kmeans import balanced_kmeans
+
+    n, k = size["tokens"], 16
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(k, 100)).astype(np.float32)
+    vectors = np.empty((n, 100), dtype=np.float32)
+    for i in range(0, n, 10_000):  # float64 noise of all of them would be the peak memory
+        part = np.arange(i, min(i + 10_000, n))
+        vectors[part] = centres[part % k] + 1.2 * generator.normal(size=(len(part), 100))
+
+    def step() -> None:
+        if kind == "ours":
+            fit = balanced_kmeans(vectors, k, 0)
+            inertia, labels = fit.inertia, fit.labels
+        else:
+            fit = KMeans(k, n_init=4, random_state=0).fit(vectors)
+            inertia, labels = fit.inertia_, fit.labels_
+        sizes = np.bincount(labels, minlength=k)
+        print(f"{kind}: inertia {inertia:.1f}, sizes {sizes.min()}-{sizes.max()}", file=sys.stderr)
+
+    return step
 
 
 def products_step(size: dict[str, Any]) -> Callable[[], None]:
@@ -337,6 +410,17 @@ def print_rows(title: str, rows: list[dict], tokens: int) -> None:
         )
 
 
+def title_of(given: argparse.Namespace, tokens: int) -> tuple[str, int]:
+    """What a race was about, and how many tokens (clusters: vectors) one turn handles."""
+    if given.case == "clusters":
+        return f"clusters: {tokens:,} vectors", tokens
+    if given.case == "routing":
+        return f"routing: {given.config}, {given.rows} rows per domain", given.rows
+    made = given.batch * given.new_tokens if given.case == "generate" else tokens
+    size = f"hidden {given.hidden}, {given.experts} experts, vocabulary {given.vocab:,}"
+    return f"{given.case}: {made:,} tokens, {size}", made
+
+
 def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -352,6 +436,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each")
     parser.add_argument("--decompose", default="vertical", choices=("vertical", "horizontal"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--config", help="routing: the config of a trained run")
+    parser.add_argument("--rows", type=int, default=64, help="routing: rows per domain, default 64")
+    parser.add_argument("--vectors", type=int, nargs="+", default=[100_000], help="clusters: N")
     parser.add_argument("--only", nargs="+", help="contenders; ours is always the first")
     parser.add_argument("--reference", type=Path, help="a file that offers another Monet")
     parser.add_argument("--reference-python", default=sys.executable, help="its interpreter")
@@ -371,6 +458,10 @@ def main() -> None:
     known = {kind for case in CASES.values() for kind in case}
     if unknown := set(kinds) - known:
         raise SystemExit(f"bench.py: --only: {', '.join(unknown)}: not one of {', '.join(known)}")
+    if given.case == "routing" and not given.config:
+        raise SystemExit("bench.py: routing: --config CONFIG of a trained run is needed")
+    if given.case == "clusters":
+        given.tokens, given.length = given.vectors, 1
     if any(tokens % given.length for tokens in given.tokens):
         raise SystemExit(f"bench.py: --tokens: whole rows of --length {given.length} are needed")
     if given.reference:
@@ -381,9 +472,8 @@ def main() -> None:
         rows = race(
             given.case, kinds, {**size, "tokens": tokens}, given.rounds, given.reference_python
         )
-        made = given.batch * given.new_tokens if given.case == "generate" else tokens
-        title = f"{given.case}: {made:,} tokens, hidden {given.hidden}, {given.experts} experts"
-        print_rows(f"{title}, vocabulary {given.vocab:,}, {given.threads} threads", rows, made)
+        title, made = title_of(given, tokens)
+        print_rows(f"{title}, {given.threads} threads", rows, made)
         result["races"].append({"tokens": tokens, "rows": rows})
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -142,6 +142,59 @@ def macro_table(runs: list[Run]) -> list[dict[str, str]]:
     return _same_columns(rows)
 
 
+def partition_table(runs: list[Run]) -> list[dict[str, str]]:
+    """T5: what a way of partitioning costs; clusters are compared with languages by NMI."""
+    rows = []
+    for run in runs:
+        routing, macro = run.utility["routing"], run.utility["macro"]
+        figures = {s: v["bpb"] if isinstance(v, dict) else v for s, v in macro.items()}
+        clusters = run.folder / "partition" / "clusters" / "clusters.json"
+        found = read_json(clusters) if clusters.is_file() else None
+        counts = np.array(list(found["train_documents"].values())) if found else None
+        rows.append(
+            {
+                "experiment": run.name,
+                "method": run.utility["method"],
+                "n": str(run.n),
+                "oracle bpb": cell(figures.get("oracle", "none")),
+                "routed bpb": cell(figures[run.scope]),
+                "routing accuracy": cell(routing["sample_accuracy"]),
+                "NMI of routing and domain": cell(routing["nmi"]),
+                "NMI of clusters and domain": cell(
+                    found["nmi_with_domain"]["train"] if found else "none"
+                ),
+                # what removing one domain touches: models that hold at least one document of it
+                "models per domain": cell(
+                    (counts > 0).sum(1).mean() if found else _models_per_domain(run)
+                ),
+                "largest / mean partition": cell(
+                    counts.sum(0).max() / counts.sum(0).mean() if found else "none"
+                ),
+            }
+        )
+    return rows
+
+
+def _models_per_domain(run: Run) -> float:
+    """Partitions that hold data of a domain, mean over domains."""
+    groups = run.utility["partitions"]
+    return float(np.mean([sum(d in g for g in groups) for d in run.utility["domains"]]))
+
+
+def mixture_table(runs: list[Run]) -> list[dict[str, str]]:
+    """T6: bits per byte (macro) of every mixture beside the routed top-1."""
+    labels = {label: None for r in runs for label in r.utility.get("mixtures", {}).get("macro", {})}
+    rows = []
+    for label in labels:
+        row = {"mixture": label}
+        for run in runs:
+            if "mixtures" in run.utility:
+                figures = run.utility["mixtures"]["macro"].get(label, "none")
+                row[run.name] = cell(figures["bpb"] if isinstance(figures, dict) else figures)
+        rows.append(row)
+    return rows
+
+
 def domain_table(runs: list[Run]) -> list[dict[str, str]]:
     """T2, per domain: bits per byte under the unlearning scope."""
     rows = []
@@ -475,9 +528,12 @@ def build(folders: list[Path], output: Path) -> Path:
     tables = {
         "Sizes": size_table(runs),
         "Utility (macro over domains)": macro_table(runs),
+        "Ways to partition": partition_table(runs),
         "Utility per domain (bits per byte, test)": domain_table(runs),
         "Floors": floor_table(runs),
     }
+    if any("mixtures" in run.utility for run in runs):
+        tables["Mixtures (bits per byte, macro over domains)"] = mixture_table(runs)
     for forget in dict.fromkeys(f for run in runs for f in run.unlearning):
         rows = [
             row for run in runs if forget in run.unlearning for row in unlearning_table(run, forget)
