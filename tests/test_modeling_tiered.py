@@ -263,8 +263,9 @@ def test_loss_is_the_mean_next_token_loss_of_the_routed_logits(router):
 
 @torch.inference_mode()
 def test_removed_partition_cannot_affect_outputs(router):
-    intact, poisoned = tiered(router), tiered(router)
+    intact, poisoned = tiered(router), tiered(copy.deepcopy(router))
     scores = intact.partition_scores(ids())
+    poisoned.router.centroids[router.centroid_partition == 1] = float("nan")
     for tensor in poisoned.partitions["1"].state_dict().values():
         if tensor.is_floating_point():
             tensor.fill_(float("nan"))
@@ -280,8 +281,6 @@ def test_removed_partition_cannot_affect_outputs(router):
 
 @torch.inference_mode()
 def test_removal_is_idempotent_and_order_free(router):
-    import copy
-
     a, b = tiered(copy.deepcopy(router)), tiered(copy.deepcopy(router))
     for k in (0, 1, 1):
         a.remove_partition(k)
@@ -300,6 +299,8 @@ def test_routing_to_nothing_is_refused(router):
         model(ids(), allowed_partitions=[])
     with pytest.raises(ValueError, match="needs `partition`"):
         model(ids(), scope="oracle")
+    with pytest.raises(ValueError, match="partition 2 is not in allowed_partitions"):
+        model(ids(), scope="oracle", partition=2, allowed_partitions=[0, 1])
     with pytest.raises(ValueError, match="has no model"):
         model.remove_partition(1)
         model(ids(), scope="oracle", partition=1)

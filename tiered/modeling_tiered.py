@@ -572,6 +572,10 @@ class TieredForCausalLM(PreTrainedModel):
                 raise ValueError("scope oracle needs `partition`, an index per row")
             partition = torch.as_tensor(partition, device=input_ids.device)
             chosen = partition.view(-1, 1).expand(*input_ids.shape)
+            if allowed_partitions is not None:
+                forbidden = set(partition.flatten().tolist()) - set(allowed_partitions)
+                if forbidden:
+                    raise ValueError(f"partition {min(forbidden)} is not in allowed_partitions")
         else:
             chosen = self.assign(input_ids, attention_mask, scope, allowed_partitions)
         logits = None

@@ -167,7 +167,7 @@ def partition_table(runs: list[Run]) -> list[dict[str, str]]:
                 "models per domain": cell(
                     (counts > 0).sum(1).mean() if found else _models_per_domain(run)
                 ),
-                "largest / mean partition": cell(
+                "largest / mean partition, documents": cell(
                     counts.sum(0).max() / counts.sum(0).mean() if found else "none"
                 ),
             }
