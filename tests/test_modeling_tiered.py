@@ -319,3 +319,75 @@ def test_save_and_load_keep_every_bit(router, tmp_path):
     # a copy: weights mapped from a file lie at other alignments, by which some products round
     again = copy.deepcopy(again)
     assert torch.equal(model(ids()).logits, again(ids()).logits)
+
+
+# ---------------------------------------------------------------- generation
+
+
+def repeated_forwards(model: TieredForCausalLM, x: torch.Tensor, steps: int, **options):
+    """Greedy continuation by whole forwards without a cache, one token at a time."""
+    for _ in range(steps):
+        x = torch.cat([x, model(x, **options).logits[:, -1:].argmax(-1)], 1)
+    return x
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("options", [{}, {"scope": "sample"}, {"allowed_partitions": [0, 2]}])
+def test_generation_equals_repeated_full_forwards(router, options):
+    model, x = tiered(router), ids(4, 5)
+    expected = repeated_forwards(model, x, 8, **options)
+    steps = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    for use_cache in (True, False):
+        found = model.generate(
+            x, attention_mask=torch.ones_like(x), use_cache=use_cache, **steps, **options
+        )
+        assert torch.equal(found, expected)
+    # the route is taken anew at every token, by several partitions within a row
+    if not options:
+        chosen = model.assign(expected)[:, 4:-1]
+        assert max(len(row.unique()) for row in chosen) > 1
+    if "allowed_partitions" in options:
+        assert 1 not in model.assign(expected, allowed_partitions=[0, 2])
+
+
+@torch.inference_mode()
+def test_generation_by_label_is_the_partition_model_alone(router):
+    model, x = tiered(router), ids(3, 5)
+    steps = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    steps |= {"attention_mask": torch.ones_like(x)}
+    found = model.generate(x, scope="oracle", partition=torch.tensor([2, 2, 2]), **steps)
+    assert torch.equal(found, model.partitions["2"].generate(x, **steps))
+
+
+@torch.inference_mode()
+def test_left_padded_rows_generate_what_single_rows_do(router):
+    model = tiered(router)
+    rows = [ids(1, 6)[0], ids(2, 3)[1]]
+    padded, mask = torch.full((2, 6), 7), torch.zeros(2, 6, dtype=torch.long)
+    for i, row in enumerate(rows):
+        padded[i, 6 - len(row) :], mask[i, 6 - len(row) :] = row, 1
+    steps = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(padded, attention_mask=mask, **steps)
+    for i, row in enumerate(rows):
+        alone = model.generate(row[None], attention_mask=torch.ones_like(row[None]), **steps)
+        assert torch.equal(found[i, 6:], alone[0, len(row) :])
+
+
+@torch.inference_mode()
+def test_beam_search_reorders_every_partition_and_finds_the_best(router):
+    """Against all V^2 continuations, scored by full forwards."""
+    model, x = tiered(router), ids(1, 5)
+    first = model(x).logits[0, -1].log_softmax(-1)
+    rows = torch.cat([x.expand(V, -1), torch.arange(V)[:, None]], 1)
+    second = model(rows).logits[:, -1].log_softmax(-1)
+    best = (first[:, None] + second).flatten().argmax().item()
+    found = model.generate(
+        x,
+        attention_mask=torch.ones_like(x),
+        num_beams=V,
+        max_new_tokens=2,
+        min_new_tokens=2,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    assert found[0, 5:].tolist() == [best // V, best % V]

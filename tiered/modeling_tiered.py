@@ -15,7 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import ModelOutput
@@ -127,7 +134,9 @@ class Level1Embedder(PreTrainedModel):
     ) -> torch.Tensor:
         """Final hidden states (B, T, D); padding on either side changes no valid position."""
         mask = _valid(input_ids, attention_mask)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        # generation may run past the table: later tokens share its last entry
+        last = self.config.max_position_embeddings - 1
+        positions = (mask.cumsum(-1) - 1).clamp(min=0, max=last)
         t = input_ids.shape[1]
         causal = torch.ones(t, t, dtype=torch.bool, device=input_ids.device).tril()
         # A padded query would see nothing at all (softmax over the empty set): let it see itself.
@@ -471,17 +480,47 @@ class TieredConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
+class TieredCache:
+    """Keys and values of every partition model that generation has used so far.
+
+    A partition chosen for the first time, or again after a while, reads the tokens it has missed.
+    """
+
+    def __init__(self) -> None:
+        self.caches: dict[int, DynamicCache] = {}
+
+    def of(self, k: int, config: PreTrainedConfig) -> DynamicCache:
+        """Partition k's cache, empty at first."""
+        return self.caches.setdefault(k, DynamicCache(config=config))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that the partition furthest ahead has read."""
+        return max((c.get_seq_length() for c in self.caches.values()), default=0)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Rows in a new order (beam search)."""
+        for cache in self.caches.values():
+            cache.reorder_cache(beam_idx)
+
+
 @dataclass
 class TieredOutput(ModelOutput):
-    """Routed prediction: loss in nats per scored token, logits (B, T, V), partition (B, T)."""
+    """Routed prediction: loss in nats per scored token, logits (B, T, V), partition (B, T).
+
+    With a cache both are of the last position alone, T = 1.
+    """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     partition: torch.LongTensor | None = None
+    past_key_values: TieredCache | None = None
 
 
-class TieredForCausalLM(PreTrainedModel):
-    """p(x_{t+1} | x_0..t) of the partition model that the router picks for the prefix 0..t."""
+class TieredForCausalLM(PreTrainedModel, GenerationMixin):
+    """p(x_{t+1} | x_0..t) of the partition model that the router picks for the prefix 0..t.
+
+    generate() takes `scope`, `partition` and `allowed_partitions` as forward() does.
+    """
 
     config: TieredConfig
     config_class = TieredConfig
@@ -559,12 +598,14 @@ class TieredForCausalLM(PreTrainedModel):
         scope: str | None = None,
         partition: torch.Tensor | int | None = None,
         allowed_partitions: list[int] | None = None,
+        past_key_values: TieredCache | None = None,
         **kwargs: Any,
     ) -> TieredOutput:
         """Routed logits (B, T, V); only partitions that are chosen somewhere are run.
 
         partition: (B,) or one index, required by (and only read under) scope `oracle`. A model
-        reads a row up to the last position that chose it.
+        reads a row up to the last position that chose it. past_key_values: input_ids are whole
+        rows all the same; only the last position is predicted.
         """
         scope = scope or self.config.scope
         if scope == "oracle":
@@ -578,6 +619,8 @@ class TieredForCausalLM(PreTrainedModel):
                     raise ValueError(f"partition {min(forbidden)} is not in allowed_partitions")
         else:
             chosen = self.assign(input_ids, attention_mask, scope, allowed_partitions)
+        if past_key_values is not None:
+            return self._next(input_ids, attention_mask, chosen[:, -1], past_key_values)
         logits = None
         for k in self._chosen_partitions(chosen):
             for group in prefix_groups(needed_positions(chosen, k), input_ids.shape[1]):
@@ -590,6 +633,57 @@ class TieredForCausalLM(PreTrainedModel):
                 logits[group.rows] = target
         loss = self._loss(logits, labels) if labels is not None else None
         return TieredOutput(loss=loss, logits=logits, partition=chosen)
+
+    def _next(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        chosen: torch.Tensor,
+        cache: TieredCache,
+    ) -> TieredOutput:
+        """Logits (B, 1, V) after whole rows (B, T), by the partition (B,) chosen for each.
+
+        A partition that any row chose reads what it has missed of all rows, so that its cache
+        stays one block; rows of many partitions in one batch cost as many models.
+        """
+        logits = None
+        for k in self._chosen_partitions(chosen):
+            model = self.partitions[str(k)]
+            part_cache = cache.of(k, model.config)
+            missed = input_ids[:, part_cache.get_seq_length() :]
+            part = model(
+                input_ids=missed,
+                attention_mask=attention_mask,
+                past_key_values=part_cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
+            if logits is None:
+                logits = torch.zeros_like(part)
+            logits[chosen == k] = part[chosen == k]
+        return TieredOutput(logits=logits, partition=chosen[:, None], past_key_values=cache)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # generate() leaves the cache to prepare_inputs_for_generation
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: TieredCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Whole rows at every step: the router reads them from the start."""
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = TieredCache()
+        routing = {
+            n: kwargs[n] for n in ("scope", "partition", "allowed_partitions") if n in kwargs
+        }
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **routing}
+        return {**given, "past_key_values": cache}
 
     def _chosen_partitions(self, chosen: torch.Tensor) -> list[int]:
         wanted = sorted(set(chosen.flatten().tolist()))

@@ -382,6 +382,8 @@ def tiered_model(
         context_tokens=config.router.context_tokens,
         early_positions=config.router.early_positions,
         vocab_size=first.config.vocab_size,
+        pad_token_id=first.config.pad_token_id,
+        eos_token_id=first.config.eos_token_id,
     )
     return TieredForCausalLM.from_parts(tiered, module, models).to(device_of(config))
 
