@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tiered.config import Config, help_text, load, parse_arguments, valid_keys
-from tiered.store import UserError
+from tiered.config import Config, as_yaml, help_text, load, parse_arguments, plain, valid_keys
+from tiered.store import UserError, canonical_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -178,9 +178,14 @@ def test_two_configs_may_not_share_a_run_folder(tmp_path):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_every_shipped_config_parses(path):
+def test_every_shipped_config_parses(path, tmp_path):
     overrides = () if "\nname:" in path.read_text(encoding="utf-8") else ("name=base",)
-    assert load(path, overrides).name
+    config = load(path, overrides)
+    assert config.name
+    # the resolved config that a run folder holds is a config file too: equal to the last digit
+    again = tmp_path / "config.yaml"
+    again.write_text(as_yaml(config), encoding="utf-8")
+    assert canonical_json(plain(load(again))) == canonical_json(plain(config))
 
 
 def test_shipped_experiments_have_distinct_names():

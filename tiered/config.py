@@ -119,7 +119,10 @@ class DataConfig:
         0, "training tokens per domain, one number or a map; 0: all", low=0
     )
     split_shares: dict[str, float] = opt(
-        {"train": 60, "validation": 4, "test": 8, "router": 8, "holdout": 16, "calibration": 4},
+        {
+            **{"train": 60.0, "validation": 4.0, "test": 8.0},
+            **{"router": 8.0, "holdout": 16.0, "calibration": 4.0},
+        },
         "share of documents per split, in percent; sums to 100",
     )
     split_seed: int = opt(0, "salt of the hash that assigns documents to splits", low=0)
@@ -678,6 +681,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def as_yaml(config: Config) -> str:
+    """The resolved config in the grammar of a config file: loading it gives an equal config."""
+    values = plain(config)
+    values["training"] |= values["training"].pop("arguments")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def help_text(doc: str) -> str:

@@ -24,7 +24,9 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
+from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import ModelOutput
 
 SCOPES = ("oracle", "token", "sample")
@@ -532,7 +534,7 @@ class TieredForCausalLM(PreTrainedModel, GenerationMixin):
         self.router = Level1Router(level1, len(config.partitions), len(config.centroid_domains))
         self.partitions = nn.ModuleDict(
             {
-                k: AutoModelForCausalLM.from_config(_partition_config(c))
+                k: AutoModelForCausalLM.from_config(_partition_config(c, config._name_or_path))
                 for k, c in sorted(config.partition_configs.items(), key=lambda item: int(item[0]))
             }
         )
@@ -550,8 +552,17 @@ class TieredForCausalLM(PreTrainedModel, GenerationMixin):
         model = cls(config)
         model.router = router
         model.partitions = nn.ModuleDict({str(k): models[k] for k in sorted(models)})
-        config.partition_configs = {k: m.config.to_dict() for k, m in model.partitions.items()}
+        config.partition_configs = {
+            k: {**m.config.to_dict(), **_code_of(m)} for k, m in model.partitions.items()
+        }
         return model.eval()
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """As transformers; the files of the partition models' code are saved too."""
+        super().save_pretrained(save_directory, **kwargs)
+        for model in self.partitions.values():
+            if _code_of(model):
+                custom_object_save(model, save_directory)
 
     @property
     def present(self) -> list[int]:
@@ -727,7 +738,24 @@ class TieredForCausalLM(PreTrainedModel, GenerationMixin):
         self.config.partition_configs.pop(str(k), None)
 
 
-def _partition_config(config: dict[str, Any]) -> PreTrainedConfig:
+def _code_of(model: PreTrainedModel) -> dict[str, Any]:
+    """The auto_map of a model whose code is saved with it; empty for transformers' own."""
+    if model._auto_class is None:
+        return {}
+    module = type(model).__module__.split(".")[-1]
+    return {
+        "auto_map": {
+            "AutoConfig": f"{module}.{type(model.config).__name__}",
+            "AutoModelForCausalLM": f"{module}.{type(model).__name__}",
+        }
+    }
+
+
+def _partition_config(config: dict[str, Any], source: str) -> PreTrainedConfig:
+    """A partition model's configuration; a family that transformers does not know registers itself
+    when its file, saved beside the weights in `source`, is imported."""
+    if config["model_type"] not in CONFIG_MAPPING:
+        get_class_from_dynamic_module(config["auto_map"]["AutoModelForCausalLM"], source)
     values = {key: value for key, value in config.items() if key != "model_type"}
     return AutoConfig.for_model(config["model_type"], **values)
 
@@ -735,3 +763,6 @@ def _partition_config(config: dict[str, Any]) -> PreTrainedConfig:
 for _config, _model in ((Level1Config, Level1Embedder), (TieredConfig, TieredForCausalLM)):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+# save_pretrained copies this file beside the weights, so that a checkpoint loads anywhere.
+TieredConfig.register_for_auto_class()
+TieredForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers.utils.logging import disable_progress_bar
 
-from tiered.config import Config, plain
+from tiered.config import Config, as_yaml
 from tiered.store import TIMINGS, UserError, code_hash, read_json, write_json, write_text
 
 # What decides a trained model besides its config and data; what scores it.
@@ -94,8 +93,7 @@ def start(config: Config, stage: str) -> None:
     if not is_main_process():
         return
     folder = config.run_dir
-    text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
-    write_text(folder / "config.yaml", text)
+    write_text(folder / "config.yaml", as_yaml(config))
     path = folder / "record.json"
     record = read_json(path) if path.is_file() else {}
     record[stage] = {
