@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import brute_ngrams
-from tiered.clusters import document_vectors
+from tiered.clusters import document_vectors, write_clusters
 from tiered.config import SPLITS, Config, load
 from tiered.data import ProcessedData
 from tiered.kmeans import nearest
@@ -121,3 +121,13 @@ def test_another_config_is_told_to_cluster_anew(run):
     with pytest.raises(UserError, match=r"run: python train_det_router\.py CONFIG"):
         make_partition_map(other)
     assert make_partition_map(config).assign("hi", ["unknown"]).tolist() == [-1]
+
+
+def test_a_cluster_without_a_training_block_is_refused(run):
+    """Forty clusters of this little text would leave models without data."""
+    config, data = run
+    router, _ = load_router(config.run_dir / "router", "")
+    many = load(Path("configs/k4.yaml"), ("name=many", "partition.n=40"))
+    with pytest.raises(UserError, match=r"cluster \d+ of 40 holds no training block"):
+        write_clusters(many, data, router.embedder, Path("many"), "")
+    assert not Path("many").exists()

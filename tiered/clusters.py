@@ -156,7 +156,9 @@ def write_clusters(
     """Fit a cluster map and write it: every document of every split with its cluster."""
     begin = time.perf_counter()
     clusters, fitted = fit_clusters(config, data, embedder)
+    n = config.partition.n
     counts: dict[str, list[int]] = {}
+    blocks = np.zeros(n, dtype=np.int64)  # training blocks of every cluster
     with atomic_folder(folder) as path:
         save_file({"centres": torch.from_numpy(clusters.centres)}, path / "centres.safetensors")
         for domain in data.domains:
@@ -166,8 +168,16 @@ def write_clusters(
                     vectors = document_vectors(config, embedder, data.documents(domain, split))
                     labels = nearest(vectors, clusters.centres) if len(vectors) else labels[:0]
                 if split == "train":
-                    counts[domain] = np.bincount(labels, minlength=config.partition.n).tolist()
+                    counts[domain] = np.bincount(labels, minlength=n).tolist()
+                    lengths = [len(d) + 1 for d in data.documents(domain, split)]
+                    tokens = np.bincount(labels, weights=lengths, minlength=n)
+                    blocks += tokens.astype(np.int64) // data.block_size
                 _write_labels(path, domain, split, data.document_ids(domain, split), labels)
+        if not blocks.all():
+            raise UserError(
+                f"partition.n: cluster {int(blocks.argmin())} of {n} holds no training block of"
+                f" {data.block_size} tokens; lower partition.n or give it more text"
+            )
         write_json(path / "clusters.json", _summary(config, clusters, fitted, counts, inputs))
         write_json(path / TIMINGS, {"seconds": time.perf_counter() - begin})
 
