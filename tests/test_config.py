@@ -124,6 +124,7 @@ def test_tokens_per_domain_is_a_number_or_a_map(tmp_path):
         ("data.repeats={4: -5}", r"data.repeats: 4 .*of at least 0 rows \(found -5\)"),
         ("unlearn.forget=hi,hi", r"unlearn.forget: each name once, found hi, hi"),
         ("eval.scopes=", r"eval.scopes: 'token' \(router.scope\) must be among them, found none"),
+        ("eval.top_k=", r"eval.top_k: needs at least one value"),
         ("eval.scopes=oracle", r"eval.scopes: 'token' \(router.scope\) must be among them"),
         ("training.eval_strategy=steps", r"training.eval_strategy is not set here"),
         ("training.num_train_epochs=0", r"training.num_train_epochs: 0.0 is out of range"),

@@ -50,6 +50,16 @@ def test_equal_vectors_are_shared_out_too():
     assert sorted(np.bincount(clusters.labels)) == [3, 3, 4] and clusters.inertia < 1e-5
 
 
+def test_inertia_keeps_its_digits_far_from_the_origin():
+    """Inertia is a difference of sums: of the labels' own means in float64, at any offset."""
+    vectors = blobs(400, 4) + np.float32(1000)
+    found = balanced_kmeans(vectors, 4, 0)
+    exact = vectors.astype(np.float64)
+    parts = [exact[found.labels == j] for j in range(4)]
+    direct = sum(np.square(part - part.mean(0)).sum() for part in parts)
+    assert found.inertia == pytest.approx(direct, rel=1e-7)
+
+
 def test_equal_natural_clusters_are_those_of_scikit_learn():
     vectors = blobs(1600, 16)
     found = balanced_kmeans(vectors, 16, 0)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from modeling_monet import MonetConfig, MonetForCausalLM
@@ -321,6 +322,21 @@ def test_save_and_load_keep_every_bit(router, tmp_path):
     assert torch.equal(model(ids()).logits, again(ids()).logits)
 
 
+def test_a_checkpoint_runs_no_code_of_its_own_without_trust_remote_code(tmp_path):
+    """A partition family that nothing here defines: its file is beside the weights, and is left
+    alone by the class that was imported from this project."""
+    (tmp_path / "modeling_unheard_of.py").write_text("raise SystemExit('ran')\n")
+    family = {
+        "model_type": "unheard_of",
+        "auto_map": {"AutoModelForCausalLM": "modeling_unheard_of.M"},
+    }
+    config = TieredConfig(partitions=[["a"]], partition_configs={"0": family})
+    config.save_pretrained(tmp_path)
+    save_file({}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="'unheard_of' is not known: import the module"):
+        TieredForCausalLM.from_pretrained(tmp_path)
+
+
 # ---------------------------------------------------------------- generation
 
 
@@ -348,6 +364,15 @@ def test_generation_equals_repeated_full_forwards(router, options):
         assert max(len(row.unique()) for row in chosen) > 1
     if "allowed_partitions" in options:
         assert 1 not in model.assign(expected, allowed_partitions=[0, 2])
+
+
+@torch.inference_mode()
+def test_generation_runs_past_the_embedder_position_table(router):
+    """The table has T entries and the partition models have more: T + 4 tokens are routed."""
+    model, x = tiered(router), ids(2, 5)
+    steps = {"max_new_tokens": T - 1, "min_new_tokens": T - 1, "do_sample": False}
+    found = model.generate(x, attention_mask=torch.ones_like(x), pad_token_id=0, **steps)
+    assert torch.equal(found, repeated_forwards(model, x, T - 1))
 
 
 @torch.inference_mode()

@@ -1,8 +1,8 @@
 """Level 1 without labels: tf-idf, document vectors, cluster maps (c-BTM, arXiv:2303.14177).
 
 A cluster map is fitted on the router split by balanced k-means; every other document goes to its
-nearest centre. runs/<experiment>/partition/ holds it: centres.safetensors, labels/<domain>/
-<split>.safetensors (see `partition.ClusterLabels`), map.json.
+nearest centre. runs/<experiment>/partition/clusters/ holds it: centres.safetensors,
+labels/<domain>/<split>.safetensors (see `partition.ClusterLabels`), clusters.json.
 """
 
 import time

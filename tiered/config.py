@@ -626,6 +626,9 @@ def check(config: Config) -> Config:
             raise UserError(
                 f"partition.index: {index} is out of range (partition.n is {config.partition.n})"
             )
+    for key in ("temperatures", "top_k"):
+        if not getattr(config.eval, key):
+            raise UserError(f"eval.{key}: needs at least one value")
     if (
         config.model.max_position_embeddings
         and data.block_size > config.model.max_position_embeddings

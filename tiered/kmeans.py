@@ -89,8 +89,10 @@ def _fit(vectors: np.ndarray, centres: np.ndarray) -> Clusters:
     total = float(np.einsum("nd,nd->", vectors, vectors, dtype=np.float64))
     for _ in range(MAX_ROUNDS):
         labels, prices = balanced_assignment(squared_distances(vectors, centres), prices)
-        centres = cluster_means(vectors, labels, k)
-        held = np.square(centres, dtype=np.float64).sum(1) * np.bincount(labels, minlength=k)
+        means = cluster_means(vectors, labels, k)
+        centres = means.astype(np.float32)
+        # a difference of large sums: float32 means would cost it digits far from the origin
+        held = np.square(means).sum(1) * np.bincount(labels, minlength=k)
         inertia = total - float(held.sum())  # of means
         settled = fitted is not None and inertia > fitted.inertia * (1 - TOLERANCE)
         if fitted is None or inertia < fitted.inertia:
@@ -101,9 +103,8 @@ def _fit(vectors: np.ndarray, centres: np.ndarray) -> Clusters:
 
 
 def cluster_means(vectors: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
-    """Mean vector of every cluster, (k, D) float32."""
-    means = [vectors[labels == j].mean(0, dtype=np.float64) for j in range(k)]
-    return np.stack(means).astype(np.float32)
+    """Mean vector of every cluster, (k, D) float64."""
+    return np.stack([vectors[labels == j].mean(0, dtype=np.float64) for j in range(k)])
 
 
 def balanced_kmeans(vectors: np.ndarray, k: int, seed: int) -> Clusters:

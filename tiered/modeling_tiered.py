@@ -104,7 +104,24 @@ class Level1Layer(nn.Module):
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
 
-class Level1Embedder(PreTrainedModel):
+class PrefixEmbedder:
+    """What embedders share that have a vector for every prefix."""
+
+    def row_embeddings(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Embedding of whole rows (B, D): that of the prefix that ends with the last token."""
+        return self.prefix_embeddings(input_ids, attention_mask)[:, -1]
+
+    def similarities(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, centroids: torch.Tensor
+    ) -> torch.Tensor:
+        """Similarity (B, T, C) of every prefix with every centroid."""
+        prefixes = self.prefix_embeddings(input_ids, attention_mask)
+        return similarities(prefixes, centroids, self.config.metric)
+
+
+class Level1Embedder(PrefixEmbedder, PreTrainedModel):
     """The embedder LM: trained as a language model, used through its hidden states only."""
 
     config: Level1Config
@@ -171,19 +188,6 @@ class Level1Embedder(PreTrainedModel):
         states = self.hidden_states(input_ids, attention_mask).float()
         return (states * mask).cumsum(1) / mask.cumsum(1).clamp(min=1)
 
-    def row_embeddings(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Embedding of whole rows (B, D): the prefix embedding at the last token."""
-        return self.prefix_embeddings(input_ids, attention_mask)[:, -1]
-
-    def similarities(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, centroids: torch.Tensor
-    ) -> torch.Tensor:
-        """Similarity (B, T, C) of every prefix with every centroid."""
-        prefixes = self.prefix_embeddings(input_ids, attention_mask)
-        return similarities(prefixes, centroids, self.config.metric)
-
 
 def similarities(prefixes: torch.Tensor, centroids: torch.Tensor, metric: str) -> torch.Tensor:
     """Similarity (..., C) of prefixes (..., D) with centroids (C, D): their cosine, or minus the
@@ -196,7 +200,7 @@ def similarities(prefixes: torch.Tensor, centroids: torch.Tensor, metric: str) -
     return torch.stack([(units * c).sum(-1) for c in F.normalize(centroids, dim=-1)], -1)
 
 
-class TfidfEmbedder(nn.Module):
+class TfidfEmbedder(PrefixEmbedder, nn.Module):
     """Embedder without a language model: tf-idf of hashed character n-grams, projected by a
     truncated SVD (after c-BTM, arXiv:2303.14177, whose unit is the English word).
 
@@ -261,19 +265,6 @@ class TfidfEmbedder(nn.Module):
         added = self.projection.new_zeros(input_ids.numel(), self.projection.shape[1])
         added.index_add_(0, place[end], self.projection[bucket])
         return added.view(*input_ids.shape, -1).cumsum(1)
-
-    def row_embeddings(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Embedding of whole rows (B, D): that of the prefix that ends with the last token."""
-        return self.prefix_embeddings(input_ids, attention_mask)[:, -1]
-
-    def similarities(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, centroids: torch.Tensor
-    ) -> torch.Tensor:
-        """Similarity (B, T, C) of every prefix with every centroid."""
-        prefixes = self.prefix_embeddings(input_ids, attention_mask)
-        return similarities(prefixes, centroids, self.config.metric)
 
 
 class HashedNgrams(nn.Module):
@@ -753,8 +744,16 @@ def _code_of(model: PreTrainedModel) -> dict[str, Any]:
 
 def _partition_config(config: dict[str, Any], source: str) -> PreTrainedConfig:
     """A partition model's configuration; a family that transformers does not know registers itself
-    when its file, saved beside the weights in `source`, is imported."""
+    when its file, saved beside the weights in `source`, is imported.
+
+    That file is run only where this one came from the same place under trust_remote_code.
+    """
     if config["model_type"] not in CONFIG_MAPPING:
+        if not __name__.startswith("transformers_modules"):
+            raise ValueError(
+                f"model_type {config['model_type']!r} is not known: import the module that defines"
+                " it first, or load with trust_remote_code=True outside this project"
+            )
         get_class_from_dynamic_module(config["auto_map"]["AutoModelForCausalLM"], source)
     values = {key: value for key, value in config.items() if key != "model_type"}
     return AutoConfig.for_model(config["model_type"], **values)
