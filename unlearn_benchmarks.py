@@ -14,11 +14,18 @@ from tiered.config import Config, run_script
 from tiered.record import start, timed
 from tiered.store import read_json, write_json
 from tiered.training import train_at_once
-from tiered.unlearning.benchmark import benchmark_domain, missing_golds, open_run, print_table
+from tiered.unlearning.benchmark import (
+    benchmark_domain,
+    missing_gold_seeds,
+    missing_golds,
+    open_run,
+    print_table,
+)
 
 
 def prepare(configs: list[Config]) -> None:
     """With training.num_proc above 1: train the golds of all experiments, several at a time."""
+    train_at_once(configs, missing_gold_seeds)
     train_at_once(configs, missing_golds)
 
 

@@ -54,7 +54,7 @@ def test_the_order_of_a_map_changes_no_block(tiny, monkeypatch):
     turned = replace(partitions, members=tuple(m[::-1] for m in partitions.members))
     assert turned.members != partitions.members
     for k in range(2):
-        found, same = (partition_blocks(data, p, k) for p in (partitions, turned))
+        found, same = (partition_blocks(config, data, p, k) for p in (partitions, turned))
         assert np.array_equal(found[0], same[0]) and found[1] == same[1]
         folders = [model_folder(config, data, p, k) for p in (partitions, turned)]
         assert folders[0] == folders[1] and is_complete(folders[0])

@@ -27,6 +27,7 @@ from tiered.domains import CODES
 from tiered.store import UserError
 
 MAX_BASE_LEVELS = 3
+FAMILIES = ("monet", "llama", "mixtral")
 SPLITS = ("train", "validation", "test", "router", "holdout", "calibration")
 # TrainingArguments that this project sets itself, and where the user sets them instead.
 RESERVED_ARGUMENTS = {
@@ -199,9 +200,18 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Level 2: the model one partition trains (Monet, arXiv:2412.04139)."""
+    """Level 2: the model one partition trains (Monet, arXiv:2412.04139; or a plain one)."""
 
-    type: str = opt("monet", "model family (tiered/methods.py)", choices=("monet",))
+    type: str = opt(
+        "monet",
+        "model family (tiered/methods.py); llama: dense; mixtral: mixture of feed-forward experts",
+        choices=FAMILIES,
+    )
+    init_from: str = opt(
+        "",
+        "what a partition's model starts from; empty: random weights; seed: the seed LM (seed_lm);"
+        " or a folder or hub name of a model of this shape",
+    )
     vocab_size: int = opt(0, "rows of the embedding; 0: the tokenizer's size", low=0)
     hidden_size: int = opt(64, "width d", low=2)
     num_hidden_layers: int = opt(2, "layers", low=1)
@@ -227,12 +237,46 @@ class ModelConfig:
     uniformity_loss_coef: float = opt(1e-3, "weight of the uniformity loss", low=0)
     ambiguity_loss_coef: float = opt(1e-3, "weight of the ambiguity loss", low=0)
     freeze_router: bool = opt(False, "ablation: keep the Level-2 router at its random start")
+    intermediate_size: int = opt(
+        0, "llama, mixtral: feed-forward width; 0: 8/3 of hidden_size, to a multiple of 8", low=0
+    )
+    num_experts: int = opt(8, "mixtral: experts per layer", low=1)
+    num_experts_per_tok: int = opt(2, "mixtral: experts per token", low=1)
+    router_aux_loss_coef: float = opt(1e-2, "mixtral: weight of the load-balancing loss", low=0)
+
+
+@dataclass(frozen=True)
+class SeedConfig:
+    """Branch-train-merge (arXiv:2208.03306): the seed LM of model.init_from: seed."""
+
+    type: str = opt(
+        "",
+        "family; empty: model.type; llama for model.type mixtral: sparse upcycling",
+        choices=("", *FAMILIES),
+    )
+    split: str = opt(
+        "train",
+        "documents it is trained on; train: seed_lm.share of them, which partitions then leave out",
+        choices=("train", "router"),
+    )
+    share: float = opt(0.5, "its share of the training documents (split train)", low=0, high=1)
+    num_train_epochs: float = opt(0.0, "passes over them; 0: as training", low=0)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """Training of one partition model; every TrainingArguments field is a key too."""
 
+    split: str = opt("train", "split whose documents are trained on", choices=("train", "router"))
+    documents: tuple[float, ...] = opt(
+        (0.0, 1.0),
+        "interval of [0, 1) of the documents used, each at a place that its id gives",
+        low=0,
+        high=1,
+    )
+    dropout: float = opt(
+        0.0, "share dropped of what every attention and feed-forward block adds", low=0, high=0.99
+    )
     schedule: str = opt(
         "constant_steps",
         "constant_steps: the batch shrinks with the partition; constant_batch: the step count does",
@@ -334,6 +378,7 @@ class Config:
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    seed_lm: SeedConfig = field(default_factory=SeedConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     unlearn: UnlearnConfig = field(default_factory=UnlearnConfig)
@@ -626,6 +671,7 @@ def check(config: Config) -> Config:
             raise UserError(
                 f"partition.index: {index} is out of range (partition.n is {config.partition.n})"
             )
+    _check_training(config)
     for key in ("temperatures", "top_k"):
         if not getattr(config.eval, key):
             raise UserError(f"eval.{key}: needs at least one value")
@@ -643,6 +689,28 @@ def check(config: Config) -> Config:
             f" ({data.block_size})"
         )
     return config
+
+
+def _check_training(config: Config) -> None:
+    section, seed = config.training, config.seed_lm
+    if len(section.documents) != 2 or not section.documents[0] < section.documents[1]:
+        raise UserError(
+            "training.documents: two shares, the lower first, found"
+            f" {', '.join(map(str, section.documents)) or 'none'}"
+        )
+    if config.model.init_from == "seed":
+        if seed.split == section.split and not 0 < seed.share < 1:
+            raise UserError(
+                f"seed_lm.share: {seed.share:g} leaves nothing for the seed LM or the partitions"
+                " (model.init_from: seed); it must be between 0 and 1"
+            )
+        if (seed.type or config.model.type) != config.model.type and (
+            (seed.type, config.model.type) != ("llama", "mixtral")
+        ):
+            raise UserError(
+                f"seed_lm.type: a {config.model.type} cannot start from a {seed.type}"
+                " (a mixtral can from a llama)"
+            )
 
 
 def _check_splits(data: DataConfig) -> None:

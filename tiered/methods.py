@@ -1,12 +1,21 @@
 """Names in YAML -> code: the only place where a name becomes a class or a function."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from modeling_monet import MonetConfig, MonetForCausalLM
 from tiered.config import Config, plain
@@ -27,33 +36,119 @@ class ModelKind:
     card: Callable[[PreTrainedModel, np.ndarray], dict[str, Any]]
 
 
-def monet_config(config: Config, data: ProcessedData) -> MonetConfig:
-    """MonetConfig of a config's model section; 0 stands for what data or other fields fix."""
+OWN_FIELDS = {  # of the model section, by family; the others are of all families
+    "monet": (
+        *("moe_dim", "moe_heads", "moe_experts", "moe_topk", "moe_groups", "moe_decompose"),
+        *("uniformity_loss_coef", "ambiguity_loss_coef", "freeze_router"),
+    ),
+    "llama": ("intermediate_size",),
+    "mixtral": (
+        *("intermediate_size", "num_experts", "num_experts_per_tok"),
+        "router_aux_loss_coef",
+    ),
+}
+
+
+def model_section(config: Config) -> dict[str, Any]:
+    """The fields of a config's model section that its family reads; what it starts from apart."""
+    others = {name for names in OWN_FIELDS.values() for name in names}
+    others -= set(OWN_FIELDS[config.model.type])
     section = plain(config.model)
-    del section["type"]
-    attention = section.pop("attn_implementation")
-    section["head_dim"] = section["head_dim"] or None
+    return {n: v for n, v in section.items() if n not in others and n != "init_from"}
+
+
+def _model_config(
+    config: Config, data: ProcessedData, kind: type[PreTrainedConfig], **own: Any
+) -> PreTrainedConfig:
+    """A family's configuration: what all families share, in the names of transformers, and `own`;
+    0 stands for what data or other fields fix."""
+    section = plain(config.model)
     vocabulary = data.vocab_size
-    section["vocab_size"] = section["vocab_size"] or vocabulary
-    if section["vocab_size"] < vocabulary:
+    if 0 < section["vocab_size"] < vocabulary:
         raise UserError(
             f"model.vocab_size: {section['vocab_size']} is smaller than the tokenizer"
             f" ({vocabulary} tokens)"
         )
     heads = section["num_attention_heads"]
-    section["num_key_value_heads"] = section["num_key_value_heads"] or heads
-    section["max_position_embeddings"] = (
-        section["max_position_embeddings"] or config.data.block_size
-    )
-    theta = section.pop("rope_theta")
-    section["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
-    tokens = {"pad_token_id": data.pad_id, "eos_token_id": data.separator_id, "bos_token_id": None}
+    same = ("hidden_size", "num_hidden_layers", "rms_norm_eps", "initializer_range")
+    values = {name: section[name] for name in (*same, "tie_word_embeddings")} | {
+        "vocab_size": section["vocab_size"] or vocabulary,
+        "num_attention_heads": heads,
+        "num_key_value_heads": section["num_key_value_heads"] or heads,
+        "head_dim": section["head_dim"] or None,
+        "max_position_embeddings": section["max_position_embeddings"] or config.data.block_size,
+        "rope_parameters": {"rope_type": "default", "rope_theta": section["rope_theta"]},
+        "pad_token_id": data.pad_id,
+        "eos_token_id": data.separator_id,
+        "bos_token_id": None,
+    }
     try:
-        made = MonetConfig(**section, **tokens)
-        made._attn_implementation = attention
-        return made
-    except ValueError as error:
+        made = kind(**values, **own)
+    except (ValueError, StrictDataclassError) as error:
         raise UserError(f"model: {' '.join(str(error).split())}") from None
+    made._attn_implementation = section["attn_implementation"]
+    return made
+
+
+def monet_config(config: Config, data: ProcessedData) -> MonetConfig:
+    """MonetConfig of a config's model section."""
+    own = {name: getattr(config.model, name) for name in OWN_FIELDS["monet"]}
+    return _model_config(config, data, MonetConfig, **own)
+
+
+def _feed_forward_width(config: Config) -> int:
+    """Width of a SwiGLU block with the parameters of a plain one of 4 d: 8/3 d, to eights."""
+    return config.model.intermediate_size or 8 * math.ceil(config.model.hidden_size / 3)
+
+
+def llama_config(config: Config, data: ProcessedData) -> LlamaConfig:
+    """LlamaConfig (a dense model) of a config's model section."""
+    return _model_config(config, data, LlamaConfig, intermediate_size=_feed_forward_width(config))
+
+
+def mixtral_config(config: Config, data: ProcessedData) -> MixtralConfig:
+    """MixtralConfig (a mixture of feed-forward experts) of a config's model section."""
+    section = config.model
+    if section.num_experts_per_tok > section.num_experts:
+        raise UserError(
+            f"model.num_experts_per_tok: {section.num_experts_per_tok} of {section.num_experts}"
+            " experts"
+        )
+    return _model_config(
+        config,
+        data,
+        MixtralConfig,
+        intermediate_size=_feed_forward_width(config),
+        num_local_experts=section.num_experts,
+        num_experts_per_tok=section.num_experts_per_tok,
+        router_aux_loss_coef=section.router_aux_loss_coef,
+        output_router_logits=section.router_aux_loss_coef > 0,  # the loss is made from them
+    )
+
+
+def plain_card(model: PreTrainedModel, blocks: np.ndarray) -> dict[str, Any]:
+    """Parameter counts of a dense model or a mixture of experts: what a token's pass multiplies is
+    all of it but the input embedding and the experts that are not chosen."""
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    config = model.config
+    table = config.vocab_size * config.hidden_size
+    embedding = table if config.tie_word_embeddings else 2 * table
+    experts = sum(n for name, n in sizes.items() if ".experts." in name)
+    total = sum(sizes.values())
+    computed = total - (0 if config.tie_word_embeddings else table)
+    if experts:
+        computed -= round(experts * (1 - config.num_experts_per_tok / config.num_local_experts))
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # scores and values over (T + 1) / 2 keys on average
+    attention = 2 * config.num_attention_heads * head_dim * (blocks.shape[1] + 1)
+    return {
+        "total": total,
+        "embedding": embedding,
+        "non_embedding": total - embedding,
+        "computed_per_token": computed,
+        "selected_per_token": computed,
+        "forward_flops_per_token": 2 * computed + config.num_hidden_layers * attention,
+    }
 
 
 @torch.no_grad()
@@ -82,4 +177,6 @@ def monet_card(model: MonetForCausalLM, blocks: np.ndarray, rows: int = 8) -> di
 
 MODELS: dict[str, ModelKind] = {
     "monet": ModelKind(monet_config, MonetForCausalLM, monet_card),
+    "llama": ModelKind(llama_config, LlamaForCausalLM, plain_card),
+    "mixtral": ModelKind(mixtral_config, MixtralForCausalLM, plain_card),
 }

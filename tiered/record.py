@@ -23,8 +23,8 @@ from tiered.store import TIMINGS, UserError, code_hash, read_json, write_json, w
 # What decides a trained model besides its config and data; what scores it.
 TRAINING_CODE = (
     "modeling_monet.py",
-    *(f"tiered/{name}.py" for name in ("data", "methods", "modeling_tiered", "partition")),
-    *(f"tiered/{name}.py" for name in ("router", "training")),
+    *(f"tiered/{name}.py" for name in ("branching", "data", "methods", "modeling_tiered")),
+    *(f"tiered/{name}.py" for name in ("partition", "router", "training")),
 )
 SCORING_CODE = tuple(
     f"tiered/{name}.py"
@@ -160,4 +160,6 @@ def note_provenance(config: Config, artefacts: dict[str, Any]) -> None:
     known = read_json(path) if path.is_file() else {}
     models = {f"model/{k}" for k in range(config.partition.n)}
     known = {k: v for k, v in known.items() if k in models or not k.startswith("model/")}
+    if not config.model.init_from:
+        known.pop("seed_lm", None)
     write_json(path, {**known, **artefacts})

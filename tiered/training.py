@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from tiered import checkpoint
+from tiered import branching, checkpoint
 from tiered.config import Config, plain
 from tiered.data import ProcessedData, position_ids
-from tiered.methods import MODELS
+from tiered.methods import MODELS, model_section
 from tiered.partition import PartitionMap, make_partition_map
 from tiered.record import (
     device_of,
@@ -353,7 +353,7 @@ def batch_rows(config: Config, share: float) -> int:
 def training_arguments(config: Config, share: float) -> dict[str, Any]:
     """TrainingArguments of one partition's model."""
     own = {
-        *("schedule", "min_batch_rows", "num_train_epochs"),
+        *("schedule", "min_batch_rows", "num_train_epochs", "split", "documents", "dropout"),
         *("num_proc", "save_steps", "report_to", "arguments"),
     }
     section = plain(config.training)
@@ -363,25 +363,47 @@ def training_arguments(config: Config, share: float) -> dict[str, Any]:
 
 
 def partition_blocks(
-    data: ProcessedData, partitions: PartitionMap, k: int
-) -> tuple[np.ndarray | None, dict[str, Any]]:
-    """Training blocks (rows, T) of partition k from present domains, and what identifies them.
+    config: Config, data: ProcessedData, partitions: PartitionMap, k: int
+) -> tuple[np.ndarray | None, dict[str, int]]:
+    """Training blocks (rows, T) of partition k from present domains, and how many each gave.
 
     Domains follow one another by name, not in the order of the map: maps that agree on a
     partition's members train the same model. None if no present domain has data there.
     """
-    parts, identity = [], {}
+    split, parts, counts = config.training.split, [], {}
     for domain in sorted(partitions.members[k]):
         if domain not in data.domains:
             continue
-        keep = None
+        ids = data.document_ids(domain, split)
+        keep = branching.used(config, ids)
         if partitions.by_document:
-            keep = partitions.assign(domain, data.document_ids(domain, "train")) == k
-        part = data.blocks(domain, "train", keep=keep)
+            own = partitions.assign(domain, ids) == k
+            keep = own if keep is None else keep & own
+        part = data.blocks(domain, split, keep=keep)
         if len(part):
             parts.append(part)
-            identity[domain] = [data.split_hash(domain, "train"), len(part)]
-    return (np.concatenate(parts) if parts else None), identity
+            counts[domain] = len(part)
+    return (np.concatenate(parts) if parts else None), counts
+
+
+def trained_rows(
+    config: Config, data: ProcessedData, partitions: PartitionMap, domain: str
+) -> np.ndarray:
+    """Documents (documents,) bool of the train split whose first row a partition model or the seed
+    LM was trained on."""
+    ids = data.document_ids(domain, "train")
+    found = np.zeros(len(ids), dtype=bool)
+    jobs = [(config, partitions)]
+    if branching.has_own_seed(config):
+        own = branching.seed_config(config)
+        jobs.append((own, make_partition_map(own)))
+    for made, assigned in jobs:
+        if made.training.split == "train":
+            keep = branching.used(made, ids)
+            keep = np.ones(len(ids), dtype=bool) if keep is None else keep
+            groups = np.where(keep, assigned.assign(domain, ids), -1)
+            found |= keep & data.packed(domain, "train", groups)
+    return found
 
 
 def model_inputs(
@@ -394,20 +416,43 @@ def model_inputs(
     present = [d for d in partitions.members[k] if d in data.domains]
     if not present:
         return None
-    arguments = training_arguments(config, partitions.share(k))
+    arguments, split = training_arguments(config, partitions.share(k)), config.training.split
     return digest(
         {
-            "model": plain(config.model),
+            "model": model_section(config),
             "training": plain({n: v for n, v in arguments.items() if n != "logging_steps"}),
             "epochs": config.training.num_train_epochs,
+            "dropout": config.training.dropout,
             "seed": config.seed,
+            "seed_lm": seed_inputs(config, data),
             "partition": partitions.identity(k),
-            "data": {d: data.split_hash(d, "train") for d in present},
+            "data": {d: [split, data.split_hash(d, split)] for d in present},
+            "documents": branching.document_interval(config),
             "block_size": config.data.block_size,
             "separate_documents": config.data.separate_documents,
             "tokenizer": data.tokenizer_hash,
         }
     )
+
+
+def seed_inputs(config: Config, data: ProcessedData) -> str | None:
+    """Hash of what makes the model that partition models start from; None for random weights."""
+    if branching.has_own_seed(config):
+        own = branching.seed_config(config)
+        return model_inputs(own, data, make_partition_map(own), 0)
+    return branching.outside_hash(config) if config.model.init_from else None
+
+
+def train_seed(config: Config, data: ProcessedData) -> Path | None:
+    """Folder of the model that partition models start from, trained if need be; None for none."""
+    if branching.has_own_seed(config):
+        own = branching.seed_config(config)
+        return train_partition(own, data, make_partition_map(own), 0, "seed LM")
+    if not config.model.init_from:
+        return None
+    folder = branching.outside_folder(config)
+    branching.check_tokenizer(folder, data)
+    return folder
 
 
 def model_folder(
@@ -440,41 +485,54 @@ def check_models(
 
 
 def train_partition(
-    config: Config, data: ProcessedData, partitions: PartitionMap, k: int
+    config: Config, data: ProcessedData, partitions: PartitionMap, k: int, label: str = ""
 ) -> Path | None:
-    """Folder of partition k's model in the store, trained if it is not there yet (or None)."""
+    """Folder of partition k's model in the store, trained if it is not there yet (or None).
+
+    The seed LM it starts from, if any, is trained before; `overwrite` does not reach it.
+    """
     folder = model_folder(config, data, partitions, k)
     if folder is None:
         return None
     if is_complete(folder) and not config.overwrite:
         verify(folder)
         return folder
-    blocks, identity = partition_blocks(data, partitions, k)
+    blocks, counts = partition_blocks(config, data, partitions, k)
+    label = label or f"partition {k}"
     if blocks is None:
-        raise UserError(f"partition {k}: fewer training tokens than one block of its domains")
+        raise UserError(f"{label}: fewer training tokens than one block of its domains")
     kind = MODELS[config.model.type]
+    start = train_seed(replace(config, overwrite=False), data)
     model_config = kind.config_from(config, data)
     job = Fit(
         folder=folder,
-        label=f"{config.name} partition {k} [{' '.join(partitions.members[k])[:40]}]",
+        label=f"{config.name} {label} [{' '.join(partitions.members[k])[:40]}]",
         seed=seed_of(config.seed, "train", partitions.identity(k)),
         arguments=training_arguments(config, partitions.share(k)),
         epochs=config.training.num_train_epochs,
         separator=data.separator_id if config.data.separate_documents else None,
         record={
             "inputs": model_inputs(config, data, partitions, k),
-            "partition": {"members": sorted(partitions.members[k]), "present": sorted(identity)},
-            "blocks": {d: rows for d, (_, rows) in identity.items()},
+            "partition": {"members": sorted(partitions.members[k]), "present": sorted(counts)},
+            "seed": start and {"from": start.name, "domains": branching.seed_domains(start)},
+            "blocks": counts,
             "batch_rows": batch_rows(config, partitions.share(k)),
             "environment": environment(config),
         },
     )
 
+    def make() -> PreTrainedModel:
+        model = kind.build(model_config)
+        if start is not None:
+            branching.initialise(model, start)
+        branching.add_dropout(model, config.training.dropout)
+        return model
+
     def finish(model: PreTrainedModel, path: Path) -> dict[str, Any]:
         data.tokenizer.save_pretrained(path)
         return {"parameters": kind.card(model, blocks)}
 
-    fit(config, job, lambda: kind.build(model_config), blocks, finish)
+    fit(config, job, make, blocks, finish)
     return folder
 
 
@@ -483,6 +541,14 @@ def forget_other_partitions(config: Config) -> None:
     for path in (config.run_dir / "models").glob("[0-9]*"):
         if int(path.name) >= config.partition.n:
             shutil.rmtree(path)
+
+
+def missing_seeds(config: Config) -> dict[Path, Call]:
+    """The call that trains the seed LM the store lacks, by the folder it makes."""
+    if not branching.has_own_seed(config):
+        return {}
+    own = branching.seed_config(config)
+    return missing_models(own, [0])
 
 
 def missing_models(config: Config, wanted: Iterable[int]) -> dict[Path, Call]:

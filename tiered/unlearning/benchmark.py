@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from tiered.branching import has_own_seed, outside_folder, seed_domains
 from tiered.config import Config, plain
 from tiered.data import ProcessedData
 from tiered.evaluation import RowScores, rows_table, write_rows
@@ -24,7 +25,7 @@ from tiered.store import (
     verify,
     write_json,
 )
-from tiered.training import missing_models
+from tiered.training import missing_models, missing_seeds
 from tiered.unlearning.deletion import OPERATIONS, NotApplicable
 from tiered.unlearning.protocol import (
     Losses,
@@ -72,8 +73,17 @@ def open_run(config: Config) -> Context:
     return Context(config, data, partitions, models, config.run_dir / "router")
 
 
+def missing_gold_seeds(config: Config) -> dict[Path, Call]:
+    """Calls that train the seed LMs that the gold retrains of a finished run still lack."""
+    open_run(config)
+    calls: dict[Path, Call] = {}
+    for forget in config.unlearn.forget:
+        calls |= missing_seeds(config.without(forget))
+    return calls
+
+
 def missing_golds(config: Config) -> dict[Path, Call]:
-    """Calls that train what the gold retrains of a finished run still lack."""
+    """Calls that train what else the gold retrains of a finished run still lack."""
     open_run(config)
     calls: dict[Path, Call] = {}
     for forget in config.unlearn.forget:
@@ -136,9 +146,14 @@ def describe(
     if context.partitions.method == "cluster":
         given.append("map")  # fitted with the domain, and kept: gold has the same
     router_clean = content_hash(outcome.router) == content_hash(gold.router)
+    outside = context.config.model.init_from and not has_own_seed(context.config)
+    if outside:
+        given.append("seed_lm")  # gold starts from the same
     if not router_clean:
         given.append("router")
     models_clean = all(gold_ids.get(k) == h for k, h in ids.items())
+    if outside:  # where nothing is known of it, the claim rests on it
+        models_clean &= forget not in (seed_domains(outside_folder(context.config)) or [])
     exact = outcome.weights_removed and models_clean
     return {
         "exact": exact,

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from tiered.branching import has_own_seed
 from tiered.data import ProcessedData
 from tiered.metrics import NOT_APPLICABLE
 from tiered.router import build_router, load_router, save_router
 from tiered.store import TIMINGS, content_hash, digest, is_complete, read_json
-from tiered.training import train_partition
+from tiered.training import train_partition, train_seed
 from tiered.unlearning.systems import Context, Outcome, recorded_cost
 
 
@@ -32,9 +33,9 @@ def gold(context: Context, forget: str) -> Outcome:
     Partition models that never saw the domain are bit-identical (isolation), so they are taken
     from the store; cost counts all of them, as a retrain from scratch would.
     """
-    models = _models_without(context, forget, context.config.overwrite)
+    models, seed = _models_without(context, forget, context.config.overwrite)
     router = _router_without(context, forget, context.config.overwrite)
-    outcome = _rebuilt(models, router, models)
+    outcome = _rebuilt(models, router, models, seed)
     originals = {k: content_hash(path) for k, path in context.models.items()}
     outcome.reused = [
         f"model/{k}" for k, path in models.items() if content_hash(path) == originals[k]
@@ -85,7 +86,7 @@ def delete_s2(context: Context, forget: str) -> Outcome:
     """Drop as S1 and rebuild the router without the domain's data."""
     touched = _removable(context, forget)
     models = {k: path for k, path in context.models.items() if k not in touched}
-    outcome = _rebuilt(models, _router_without(context, forget), {})
+    outcome = _rebuilt(models, _router_without(context, forget), {}, None)
     outcome.reused = outcome.rebuilt  # gold made it
     outcome.removed = [f"model/{k}" for k in touched]
     return outcome
@@ -95,12 +96,16 @@ def sisa(context: Context, forget: str) -> Outcome:
     """Retrain only the partitions that saw the domain, without it; rebuild the router.
 
     (Sharded, isolated, sliced, aggregated training: arXiv:1912.03817.) Equal inputs are never
-    trained twice: gold's partition models are reused with their recorded seconds.
+    trained twice: gold's partition models are reused with their recorded seconds. They start from
+    a seed LM without the domain; the partitions that stay had started from one with it.
     """
     touched = context.partitions.touched(forget)
-    models = _models_without(context, forget)
-    retrained = {k: models[k] for k in touched if k in models}
-    outcome = _rebuilt(models, _router_without(context, forget), retrained)
+    gold_models, seed = _models_without(context, forget)
+    retrained = {k: gold_models[k] for k in touched if k in gold_models}
+    kept = {k: path for k, path in context.models.items() if k not in touched}
+    outcome = _rebuilt(
+        kept | retrained, _router_without(context, forget), retrained, seed if retrained else None
+    )
     outcome.reused = outcome.rebuilt  # gold made them
     outcome.removed = [f"model/{k}" for k in touched]
     return outcome
@@ -124,16 +129,20 @@ def _removable(context: Context, forget: str) -> tuple[int, ...]:
     return touched
 
 
-def _models_without(context: Context, forget: str, overwrite: bool = False) -> dict[int, Path]:
-    """Models of a world without the domain; only gold trains anew under `overwrite`."""
+def _models_without(
+    context: Context, forget: str, overwrite: bool = False
+) -> tuple[dict[int, Path], Path | None]:
+    """Models of a world without the domain and its own seed LM (None: there is none); only gold
+    trains anew under `overwrite`."""
     config = replace(context.config.without(forget), overwrite=overwrite)
     data = ProcessedData(config)
+    seed = train_seed(config, data)
     models = {}
     for k in range(context.partitions.n):
         folder = train_partition(config, data, context.partitions, k)
         if folder is not None:
             models[k] = folder
-    return models
+    return models, seed if has_own_seed(config) else None
 
 
 def _router_without(context: Context, forget: str, overwrite: bool = False) -> Path:
@@ -141,17 +150,20 @@ def _router_without(context: Context, forget: str, overwrite: bool = False) -> P
     return build_router(config, ProcessedData(config), context.partitions)
 
 
-def _rebuilt(models: dict[int, Path], router: Path, trained: dict[int, Path]) -> Outcome:
-    """Outcome of a rebuild of the router and of the `trained` models, at their recorded cost."""
-    embedder = _embedder_of(router)
-    tokens, seconds = recorded_cost([router, *([embedder] if embedder else []), *trained.values()])
+def _rebuilt(
+    models: dict[int, Path], router: Path, trained: dict[int, Path], seed: Path | None
+) -> Outcome:
+    """Outcome of a rebuild of the router, the `trained` models and the seed LM, at their recorded
+    cost."""
+    parts = [path for path in (_embedder_of(router), seed) if path]
+    tokens, seconds = recorded_cost([router, *parts, *trained.values()])
     return Outcome(
         models=models,
         router=router,
         weights_removed=True,
         tokens=tokens,
         seconds=seconds,
-        rebuilt=["router", *(f"model/{k}" for k in trained)],
+        rebuilt=["router", *(["seed_lm"] if seed else []), *(f"model/{k}" for k in trained)],
     )
 
 

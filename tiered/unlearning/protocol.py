@@ -28,6 +28,7 @@ from tiered.metrics import (
 from tiered.modeling_tiered import Level1Embedder, TieredForCausalLM
 from tiered.scoring import score_prefixes
 from tiered.store import seed_of
+from tiered.training import trained_rows
 from tiered.unlearning.systems import Context
 
 Scores = dict[tuple[str, str], RowScores]  # (split, domain) -> row scores
@@ -50,8 +51,7 @@ def scored_rows(context: Context, forget: str) -> ScoredRows:
     rows = {}
     for domain in (forget, *(d for d in data.domains if d != forget)):
         count = unlearn.forget_rows if domain == forget else unlearn.retain_rows
-        assigned = context.partitions.assign(domain, data.document_ids(domain, "train"))
-        trained = data.packed(domain, "train", assigned)
+        trained = trained_rows(context.config, data, context.partitions, domain)
         rows["train", domain] = data.rows(domain, "train", count, trained)
         if domain == forget:
             rows["holdout", domain] = data.rows(domain, "holdout", count)

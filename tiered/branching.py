@@ -1,0 +1,190 @@
+"""Branch-train-merge: what a partition's model starts from (BTM, arXiv:2208.03306; c-BTM,
+arXiv:2303.14177).
+
+The seed LM is one model of all domains, trained on a share of the documents or on the router
+split. Every partition's model begins as its copy and goes on with its own documents: what the seed
+read is then in every model. `model.init_from: seed` trains it here; a folder or hub name gives one
+from outside.
+"""
+
+import functools
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from tiered.config import Config, PartitionConfig
+from tiered.data import ProcessedData
+from tiered.store import UserError, digest, read_json, tree_hashes
+
+SEED = "seed"  # the value of model.init_from that stands for this experiment's own seed LM
+
+
+def has_own_seed(config: Config) -> bool:
+    """Whether the experiment trains its seed LM itself."""
+    return config.model.init_from == SEED
+
+
+def seed_config(config: Config) -> Config:
+    """The seed LM as an experiment of its own: one partition, from scratch, its share of data."""
+    section = config.seed_lm
+    low, middle, _ = _bounds(config)
+    training = replace(
+        config.training,
+        split=section.split,
+        documents=(low, middle) if section.split == config.training.split else (0.0, 1.0),
+        num_train_epochs=section.num_train_epochs or config.training.num_train_epochs,
+    )
+    return replace(
+        config,
+        partition=PartitionConfig(method="language", n=1),
+        model=replace(config.model, init_from="", type=section.type or config.model.type),
+        training=training,
+    )
+
+
+def _bounds(config: Config) -> tuple[float, float, float]:
+    """The documents in use, [low, high), and where the seed LM's end and the branches' begin."""
+    low, high = config.training.documents
+    return low, low + config.seed_lm.share * (high - low), high
+
+
+def document_interval(config: Config) -> tuple[float, float]:
+    """The interval of document places (see `places`) that partition models are trained on."""
+    low, middle, high = _bounds(config)
+    own = has_own_seed(config) and config.seed_lm.split == config.training.split
+    return (middle if own else low), high
+
+
+def places(document_ids: list[str]) -> np.ndarray:
+    """A number in [0, 1) for every document, uniform, a function of its id alone."""
+    digests = (hashlib.sha256(b"documents:" + i.encode()).digest()[:8] for i in document_ids)
+    return np.array([int.from_bytes(d, "big") / 2**64 for d in digests])
+
+
+def used(config: Config, document_ids: list[str]) -> np.ndarray | None:
+    """Documents (documents,) bool that partition models are trained on; None for all."""
+    low, high = document_interval(config)
+    if (low, high) == (0.0, 1.0):
+        return None
+    place = places(document_ids)
+    return (place >= low) & (place < high)
+
+
+@functools.cache
+def _outside(name: str) -> tuple[Path, str]:
+    """Folder and content hash of a checkpoint given by folder or hub name."""
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            from huggingface_hub import snapshot_download
+
+            wanted = ["*.json", "*.safetensors", "*.model"]
+            folder = Path(snapshot_download(name, allow_patterns=wanted))
+        except Exception as error:  # the hub client has a dozen of them
+            raise UserError(
+                f"model.init_from: {name!r} is neither `seed`, a folder nor a model that the hub"
+                f" gives ({' '.join(str(error).split())[:160]})"
+            ) from None
+    hashes = {
+        n: h for n, h in tree_hashes(folder).items() if n.endswith(("config.json", "tensors"))
+    }
+    if not any(n.endswith(".safetensors") for n in hashes):
+        raise UserError(f"model.init_from: {folder} holds no model (no .safetensors file)")
+    return folder, digest(hashes)
+
+
+def outside_folder(config: Config) -> Path:
+    """Folder of a seed LM that comes from outside."""
+    return _outside(config.model.init_from)[0]
+
+
+def outside_hash(config: Config) -> str:
+    """Content hash of a seed LM that comes from outside."""
+    return _outside(config.model.init_from)[1]
+
+
+def seed_domains(folder: Path) -> list[str] | None:
+    """Domains whose data a seed LM saw, by its record; None where nothing is known of it."""
+    record = folder / "record.json"
+    if not record.is_file():
+        return None
+    value = read_json(record)
+    if "partition" not in value:
+        return None
+    before = (value.get("seed") or {}).get("domains") or []
+    return sorted({*value["partition"]["present"], *before})
+
+
+def check_tokenizer(folder: Path, data: ProcessedData) -> None:
+    """Raise UserError if a seed LM from outside was trained with another tokenizer."""
+    try:
+        same = AutoTokenizer.from_pretrained(folder).get_vocab() == data.tokenizer.get_vocab()
+    except (OSError, ValueError):
+        return  # it comes without one: nothing to compare
+    if not same:
+        raise UserError(
+            f"model.init_from: {folder} has another tokenizer than the data; set tokenizer.name to"
+            " that folder"
+        )
+
+
+def initialise(model: PreTrainedModel, folder: Path) -> None:
+    """Give a new model the weights of a seed LM: a copy, or (mixture of experts from a dense seed)
+    sparse upcycling. UserError if their shapes differ."""
+    seed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    state = seed.state_dict()
+    if (seed.config.model_type, model.config.model_type) == ("llama", "mixtral"):
+        state = upcycled(state, model)
+    expected = {name: tuple(v.shape) for name, v in model.state_dict().items()}
+    for name in sorted(expected.keys() | state.keys()):
+        found = tuple(state[name].shape) if name in state else "nothing"
+        if expected.get(name, "nothing") != found:
+            raise UserError(
+                f"model.init_from: {folder} has {found} for {name}, the model section makes"
+                f" {expected.get(name, 'nothing')}"
+            )
+    model.load_state_dict(state)
+
+
+def upcycled(dense: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """State of a mixture of experts (transformers' Mixtral) from a dense Llama's: every expert is
+    a copy of the feed-forward block, routers stay new (arXiv:2212.05055).
+
+    Weights of the chosen experts sum to 1, so the model begins as the dense one.
+    """
+    experts, state = model.config.num_local_experts, dict(dense)
+    for name, own in model.state_dict().items():
+        block, _, part = name.rpartition(".mlp.")
+        if part == "gate.weight":
+            state[name] = own
+        elif part == "experts.gate_up_proj":
+            halves = [state.pop(f"{block}.mlp.{half}_proj.weight") for half in ("gate", "up")]
+            state[name] = torch.cat(halves).expand(experts, -1, -1)
+        elif part == "experts.down_proj":
+            state[name] = state.pop(f"{block}.mlp.down_proj.weight").expand(experts, -1, -1)
+    return state
+
+
+def add_dropout(model: PreTrainedModel, share: float) -> None:
+    """Drop out what each attention and feed-forward block adds to the residual stream (not the
+    embeddings), in training mode only: c-BTM's setting, for any family.
+
+    By hooks: nothing of it is in the saved model.
+    """
+
+    def drop(module: nn.Module, inputs: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        dropped = nn.functional.dropout(first, share, module.training)
+        return (dropped, *output[1:]) if isinstance(output, tuple) else dropped
+
+    if share:
+        for layer in model.model.layers:
+            for name, block in layer.named_children():
+                if name in ("self_attn", "mlp", "moe"):
+                    block.register_forward_hook(drop)
