@@ -51,8 +51,9 @@ def main(config: Config) -> None:
             if config.eval.mixtures:
                 title = f"{config.name} mixtures"
                 bar = tqdm(data.domains, desc=title, unit="domain", disable=None)
-                found = evaluate_mixtures(config, data, model, cache, lambda _, bar=bar: bar)
-                result["mixtures"], mixed = found
+                result["mixtures"], mixed = evaluate_mixtures(
+                    config, data, partitions, model, cache, lambda _, bar=bar: bar
+                )
                 write_rows(path.with_name("mixtures.parquet"), mixed)
             result["models"], result["inputs"] = {str(k): h for k, h in hashes.items()}, inputs
             # 5. rows first, so that utility.json stands for a finished stage

@@ -29,7 +29,7 @@ from tiered.training import (
 
 def wanted(config: Config) -> Iterable[int]:
     """Partitions this call trains."""
-    return config.partition.index or range(config.partition.n)
+    return config.partition.index or range(config.num_partitions)
 
 
 def prepare(configs: list[Config]) -> None:

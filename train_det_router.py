@@ -11,7 +11,12 @@ from tiered.config import Config, run_script
 from tiered.data import ProcessedData
 from tiered.partition import make_partition_map
 from tiered.record import note_provenance, start, timed
-from tiered.router import build_clusters, build_router, write_partition_map
+from tiered.router import (
+    build_clusters,
+    build_router,
+    embedder_domains,
+    write_partition_map,
+)
 from tiered.store import link_if_changed, read_json
 
 
@@ -39,7 +44,7 @@ def main(config: Config) -> None:
         {
             "tokenizer": sorted(data.manifest["tokenizer"]["trained_on"]),
             "map": list(data.domains) if config.partition.method == "cluster" else [],
-            "router": list(data.domains) if trained else [],
+            "router": embedder_domains(config, data) if trained else [],
             "centroids": [d or sorted(data.domains) for d in domains],
         },
     )

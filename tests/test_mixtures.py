@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tiered.evaluation import ExpertTable
 from tiered.mixtures import MIXTURES, Evidence, MixtureSettings, keep_top, mix
 from tiered.store import read_json
 
@@ -133,6 +134,14 @@ def test_hindsight_takes_the_best_partition_of_each_row():
     assert torch.allclose(nats, -given.log_probs.sum(1).amax(-1), atol=1e-12)
 
 
+def test_expert_perplexities_by_hand():
+    table = ExpertTable()
+    table.add(["0", "1"], np.array([[2.0, np.nan], [4.0, np.nan]]), 2)
+    table.add(["1"], np.array([[8.0, np.nan]]), 2)
+    # group 1: 12 nats over 4 tokens
+    assert table.as_json() == {"0": [2.7183, None], "1": [20.0855, None]}
+
+
 def test_mixtures_of_the_pipeline(tiny):
     """Top-1 by distance is token routing; nothing beats the parts it is made of by magic."""
     folder = tiny / "runs/k4/eval"
@@ -148,6 +157,12 @@ def test_mixtures_of_the_pipeline(tiny):
     assert macro["distance top-1"]["bpb"] == pytest.approx(found["macro"]["token"]["bpb"], abs=1e-5)
     # E5: what the models themselves say of a stream is a better weight than none
     assert macro["bayes_cached"]["bpb"] < macro["average"]["bpb"]
+    # every domain under every model: a cluster's own is the best on its documents
+    experts = found["mixtures"]["expert_perplexity"]
+    assert set(experts["domain"]) == {"hi", "si", "de", "en"}
+    table = np.array([experts["cluster"][k] for k in sorted(experts["cluster"])])
+    own = [int(k) for k in sorted(experts["cluster"])]
+    assert (table.argmin(1) == own).all() and table.shape[1] == 4
     single = read_json(tiny / "runs/n1/eval/utility.json")
     for figures in single["mixtures"]["macro"].values():  # n = 1: the bare model, however mixed
         assert figures["bpb"] == pytest.approx(single["macro"]["token"]["bpb"], abs=1e-6)

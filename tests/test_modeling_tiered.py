@@ -322,6 +322,28 @@ def test_save_and_load_keep_every_bit(router, tmp_path):
     assert torch.equal(model(ids()).logits, again(ids()).logits)
 
 
+@torch.inference_mode()
+def test_a_purge_reaches_one_partition_and_is_saved(router, tmp_path):
+    model = tiered(router)
+    before = {k: model(ids(), scope="oracle", partition=k).logits for k in range(3)}
+    keep = torch.ones(2, 4, 4, dtype=torch.bool)
+    keep[0, 1] = False
+    alone = copy.deepcopy(model.partitions["1"])
+    alone.purge_experts(keep)
+    model.purge_experts(1, keep)
+    found = {k: model(ids(), scope="oracle", partition=k).logits for k in range(3)}
+    assert torch.equal(found[1], alone(ids()).logits)
+    assert not torch.equal(found[1], before[1])
+    assert all(torch.equal(found[k], before[k]) for k in (0, 2))
+    model.save_pretrained(tmp_path)
+    again = copy.deepcopy(AutoModelForCausalLM.from_pretrained(tmp_path).eval())
+    assert torch.equal(again(ids(), scope="oracle", partition=1).logits, found[1])
+    again.purge_experts(1, None)  # and back
+    assert torch.equal(again(ids(), scope="oracle", partition=1).logits, before[1])
+    with pytest.raises(ValueError, match="partition 3 has no model"):
+        model.purge_experts(3, keep)
+
+
 def test_a_checkpoint_runs_no_code_of_its_own_without_trust_remote_code(tmp_path):
     """A partition family that nothing here defines: its file is beside the weights, and is left
     alone by the class that was imported from this project."""

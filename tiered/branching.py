@@ -42,6 +42,7 @@ def seed_config(config: Config) -> Config:
     )
     return replace(
         config,
+        data=replace(config.data, added_domains=()),
         partition=PartitionConfig(method="language", n=1),
         model=replace(config.model, init_from="", type=section.type or config.model.type),
         training=training,

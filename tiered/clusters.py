@@ -32,8 +32,10 @@ from tiered.tokenization import Encoder
 CHUNK_TOKENS = 2**17  # tokens of documents whose n-grams are held at once
 
 
-def fit_tfidf(config: Config, level1: Level1Config, data: ProcessedData) -> TfidfEmbedder:
-    """Tf-idf embedder of the present domains' router split.
+def fit_tfidf(
+    config: Config, level1: Level1Config, data: ProcessedData, domains: list[str]
+) -> TfidfEmbedder:
+    """Tf-idf embedder of these domains' router split.
 
     idf = ln((1 + documents) / (1 + documents with the n-gram)) + 1 over all of it (buckets in
     fewer than tfidf_min_df documents are left out); the SVD is of the first tfidf_documents of
@@ -48,7 +50,7 @@ def fit_tfidf(config: Config, level1: Level1Config, data: ProcessedData) -> Tfid
         part = part[: level1.tfidf_token_bytes].to(torch.int16)
         embedder.token_bytes[i, : len(part)] = part
     frequency, documents, kept = np.zeros(section.tfidf_buckets), 0, []
-    for domain in sorted(data.domains):
+    for domain in domains:
         used = 0
         for chunk in _chunks(data.documents(domain, "router", section.tokens_per_domain)):
             counts = _counts(embedder, chunk)

@@ -84,6 +84,11 @@ class DataConfig:
     domains: tuple[str, ...] = opt(
         CODES, "configured domains; fixes partition map, indices and seeds"
     )
+    added_domains: tuple[str, ...] = opt(
+        (),
+        "domains that came later: a partition of its own for each, after the others; what others"
+        " share (tokenizer, embedder, seed LM) is not trained on them, so nothing of it changes",
+    )
     exclude_domains: tuple[str, ...] = opt(
         (), "domains whose data is left out; nothing else changes"
     )
@@ -394,15 +399,23 @@ class Config:
         return Path(self.output_dir) / ".store"
 
     @property
+    def all_domains(self) -> tuple[str, ...]:
+        """Configured domains, those that were added last."""
+        return (*self.data.domains, *self.data.added_domains)
+
+    @property
     def present_domains(self) -> tuple[str, ...]:
         """Configured domains whose data is used."""
-        return tuple(d for d in self.data.domains if d not in self.data.exclude_domains)
+        return tuple(d for d in self.all_domains if d not in self.data.exclude_domains)
+
+    @property
+    def num_partitions(self) -> int:
+        """Partitions, those of added domains included."""
+        return self.partition.n + len(self.data.added_domains)
 
     def without(self, *domains: str) -> "Config":
         """The same experiment with these domains' data left out."""
-        excluded = tuple(
-            d for d in self.data.domains if d in {*self.data.exclude_domains, *domains}
-        )
+        excluded = tuple(d for d in self.all_domains if d in {*self.data.exclude_domains, *domains})
         return dataclasses.replace(
             self, data=dataclasses.replace(self.data, exclude_domains=excluded)
         )
@@ -635,11 +648,18 @@ def check(config: Config) -> Config:
         raise UserError("name: an experiment needs a name (its run folder)")
     if config.name != Path(config.name).name or config.name.startswith("."):
         raise UserError(f"name: {config.name!r} must be a plain folder name")
-    for code in data.domains:
+    for code in config.all_domains:
         if code != Path(code).name or code.startswith("."):
             raise UserError(f"data.domains: {code!r} must be a plain name")
-    if len(set(data.domains)) != len(data.domains) or not data.domains:
-        raise UserError(f"data.domains: names must be given, each once, found {list(data.domains)}")
+    if len(set(config.all_domains)) != len(config.all_domains) or not data.domains:
+        raise UserError(
+            f"data.domains: names must be given, each once, found {list(config.all_domains)}"
+        )
+    if data.added_domains and config.partition.method in ("random", "cluster"):
+        raise UserError(
+            f"data.added_domains: partitions by {config.partition.method} have no domain of their"
+            " own to add; use language, family or random_language"
+        )
     known = {
         "data.exclude_domains": data.exclude_domains,
         "data.repeat_domains": data.repeat_domains,
@@ -652,9 +672,9 @@ def check(config: Config) -> Config:
         if len(set(names)) != len(names):
             raise UserError(f"{key}: each name once, found {', '.join(names)}")
         for name in names:
-            if name not in data.domains:
+            if name not in config.all_domains:
                 raise UserError(
-                    f"{key}: {name!r} is not in data.domains ({', '.join(data.domains)})"
+                    f"{key}: {name!r} is not in data.domains ({', '.join(config.all_domains)})"
                 )
     if not config.present_domains:
         raise UserError("data.exclude_domains: every domain is excluded")
@@ -667,9 +687,11 @@ def check(config: Config) -> Config:
             f" {', '.join(config.eval.scopes) or 'none'}"
         )
     for index in config.partition.index:
-        if index >= config.partition.n:
+        if index >= config.num_partitions:
+            added = f" and {len(data.added_domains)} are added" if data.added_domains else ""
             raise UserError(
-                f"partition.index: {index} is out of range (partition.n is {config.partition.n})"
+                f"partition.index: {index} is out of range (partition.n is"
+                f" {config.partition.n}{added})"
             )
     _check_training(config)
     for key in ("temperatures", "top_k"):

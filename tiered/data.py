@@ -28,7 +28,10 @@ from tiered.store import (
 )
 
 # Fields that say which domains are processed, how fast, or where to; none changes a domain's data.
-UNKEYED = ("domains", "exclude_domains", "num_proc", "processed_dir", "separate_documents")
+UNKEYED = (
+    *("domains", "added_domains", "exclude_domains"),
+    *("num_proc", "processed_dir", "separate_documents"),
+)
 PROCESSING_CODE = tuple(
     f"tiered/{name}.py" for name in ("cleaning", "domains", "processing", "tokenization")
 )

@@ -26,7 +26,7 @@ from tiered.record import SCORING_CODE, environment
 from tiered.scoring import ScoreCache, TokenScores, score_prefixes, score_rows
 from tiered.store import code_hash, content_hash, digest, read_json
 
-SCHEMA = 3
+SCHEMA = 4
 MAX_UNK_SHARE = 0.01  # rows above it print `undefined`: [UNK] hides the text it replaces
 
 
@@ -260,8 +260,9 @@ def score_mixtures(
     rows: Rows,
     earlier: Rows,
     cache: ScoreCache | None = None,
-) -> dict[str, np.ndarray]:
-    """Summed nats per row (R,) of every configured mixture, from one pass of every partition.
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """Summed nats per row (R,) of every configured mixture, from one pass of every partition; and
+    those (R, N) of every partition alone, NaN where it is absent (None: none was needed).
 
     earlier: rows that make the cached prior. Weights of a position come from tokens up to it.
     """
@@ -275,7 +276,7 @@ def score_mixtures(
             nll, _ = score_prefixes(merged, ids, ids.shape[1] - 1, batch_rows)
             results["parameter_average"] = nll.double().sum(1).numpy()
     if not wanted:
-        return results
+        return results, None
     cached = any(name == "bayes_cached" for name, _ in wanted.values())
     log_probs = partition_log_probs(model, rows, batch_rows, cache)
     evidence = Evidence(
@@ -288,26 +289,57 @@ def score_mixtures(
     for label, (name, settings) in wanted.items():
         nats = mix(MIXTURES[name](evidence, settings), log_probs)
         results[label] = nats.sum(1).numpy()
-    return results
+    return results, -log_probs.sum(1).numpy()
+
+
+class ExpertTable:
+    """Perplexity of every partition's model on rows of every group (a domain, or a cluster)."""
+
+    def __init__(self) -> None:
+        self._nats: dict[str, np.ndarray] = {}
+        self._tokens: dict[str, int] = {}
+
+    def add(self, groups: Iterable[str], nats: np.ndarray, tokens: int) -> None:
+        """Rows of named groups: their nats (R, N) under each model; scored tokens per row."""
+        for group, values in zip(groups, nats, strict=True):
+            self._nats[group] = self._nats.get(group, 0) + values
+            self._tokens[group] = self._tokens.get(group, 0) + tokens
+
+    def as_json(self) -> dict[str, list[float | None]]:
+        """group -> perplexity (N,) of each model, None where there is no model."""
+        found = {g: np.exp(nats / self._tokens[g]) for g, nats in self._nats.items()}
+        return {
+            g: [None if np.isnan(p) else round(float(p), 4) for p in row]
+            for g, row in found.items()
+        }
 
 
 def evaluate_mixtures(
     config: Config,
     data: ProcessedData,
+    partitions: PartitionMap,
     model: TieredForCausalLM,
     cache: ScoreCache | None = None,
     progress: Any = iter,
 ) -> tuple[dict[str, Any], pa.Table]:
-    """Bits per byte and perplexity of every configured mixture, per domain and macro; row sums."""
+    """Bits per byte and perplexity of every configured mixture, per domain and macro, with the
+    perplexity of every partition's model on every domain and cluster; row sums."""
     domains: dict[str, Any] = {}
     tables = []
+    experts = {"domain": ExpertTable(), "cluster": ExpertTable()}
     stream = "validation" if config.eval.split != "validation" else "test"
     for domain in progress(data.domains):
         rows = data.rows(domain, config.eval.split, config.eval.rows_per_domain)
         earlier = data.rows(domain, stream, config.eval.cached_rows)
         tokens, size = rows.input_ids.shape[1] - 1, rows.token_bytes[:, 1:].sum(1)
         domains[domain] = {}
-        for label, nats in score_mixtures(config, model, rows, earlier, cache).items():
+        found, alone = score_mixtures(config, model, rows, earlier, cache)
+        if alone is not None:
+            experts["domain"].add([domain] * len(alone), alone, tokens)
+            if partitions.method == "cluster":
+                names = [str(k) for k in oracle_of(partitions, rows)]
+                experts["cluster"].add(names, alone, tokens)
+        for label, nats in found.items():
             tables.append(
                 pa.table(
                     {
@@ -334,7 +366,10 @@ def evaluate_mixtures(
             macro[label] = {
                 n: round(float(np.mean([c[n] for c in cells])), 6) for n in ("bpb", "perplexity")
             }
-    return {"domains": domains, "macro": macro}, pa.concat_tables(tables)
+    perplexity = {name: table.as_json() for name, table in experts.items()}
+    perplexity["cluster"] = dict(sorted(perplexity["cluster"].items(), key=lambda c: int(c[0])))
+    result = {"domains": domains, "macro": macro, "expert_perplexity": perplexity}
+    return result, pa.concat_tables(tables)
 
 
 def evaluation_key(

@@ -378,6 +378,14 @@ class Level1Router(nn.Module):
         index = self.centroid_partition.expand(*input_ids.shape, -1)
         return scores.scatter_reduce(-1, index, found, "amax")
 
+    def add_partition(self, k: int, centroids: torch.Tensor) -> None:
+        """Add centroids (C, D) of partition k, one of those there are or the next."""
+        new = centroids.to(self.centroids)
+        self.num_partitions = max(self.num_partitions, k + 1)
+        self.centroids = torch.cat([self.centroids, new])
+        index = self.centroid_partition.new_full((len(new),), k)
+        self.centroid_partition = torch.cat([self.centroid_partition, index])
+
     def remove_partition(self, k: int) -> None:
         """Delete every centroid of partition k."""
         keep = self.centroid_partition != k
@@ -543,9 +551,8 @@ class TieredForCausalLM(PreTrainedModel, GenerationMixin):
         model = cls(config)
         model.router = router
         model.partitions = nn.ModuleDict({str(k): models[k] for k in sorted(models)})
-        config.partition_configs = {
-            k: {**m.config.to_dict(), **_code_of(m)} for k, m in model.partitions.items()
-        }
+        for k in model.present:
+            model._note_config(k)
         return model.eval()
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
@@ -712,6 +719,61 @@ class TieredForCausalLM(PreTrainedModel, GenerationMixin):
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+
+    def purge_experts(self, k: int, keep: torch.Tensor | None, renormalize: bool = False) -> None:
+        """Level 2: leave experts out of partition k's model, which must offer it (see
+        `MonetPreTrainedModel.purge_experts`); saved with the checkpoint.
+
+        Needed where an expert's domain shares a partition with others; no other output changes.
+        """
+        if str(k) not in self.partitions:
+            raise ValueError(f"partition {k} has no model (present: {self.present})")
+        model = self.partitions[str(k)]
+        if not hasattr(model, "purge_experts"):
+            raise ValueError(f"partition {k} is a {model.config.model_type}: it has no purge")
+        model.purge_experts(keep, renormalize)
+        self._note_config(k)
+
+    def _note_config(self, k: int) -> None:
+        """Keep the saved configuration of partition k's model in step with the model."""
+        model = self.partitions[str(k)]
+        self.config.partition_configs[str(k)] = {**model.config.to_dict(), **_code_of(model)}
+
+    def add_partition(
+        self,
+        model: PreTrainedModel,
+        domains: list[str],
+        centroids: torch.Tensor,
+        centroid_domains: list[str | None] | None = None,
+        index: int | None = None,
+    ) -> int:
+        """Add a model for new domains, the inverse of `remove_partition`; the index it gets.
+
+        index: one whose model was removed; None: the next, so that no request that is allowed an
+        old index reaches new data. centroids (C, D): in the embedder's space
+        (`router.embedder.row_embeddings`), one per entry of centroid_domains (None: domains).
+        Weights and scores of the other partitions stay, bit for bit.
+        """
+        k = len(self.config.partitions) if index is None else index
+        if k in self.present or not 0 <= k <= len(self.config.partitions):
+            raise ValueError(f"index {k} is taken or beyond the next (present: {self.present})")
+        if model.config.vocab_size != self.config.vocab_size:
+            raise ValueError(
+                f"vocabularies differ: {model.config.vocab_size} and {self.config.vocab_size}"
+            )
+        names = list(domains if centroid_domains is None else centroid_domains)
+        if len(names) != len(centroids):
+            raise ValueError(f"{len(centroids)} centroids for {len(names)} domains")
+        groups = list(self.config.partitions)
+        groups[k : k + 1] = [list(domains)]
+        self.config.partitions = groups
+        self.router.add_partition(k, centroids)
+        self.config.centroid_domains = [*self.config.centroid_domains, *names]
+        device = self.router.centroids.device
+        models = {**dict(self.partitions.items()), str(k): model.to(device).eval()}
+        self.partitions = nn.ModuleDict({n: models[n] for n in sorted(models, key=int)})
+        self._note_config(k)
+        return k
 
     def remove_partition(self, k: int) -> None:
         """Delete partition k's model and centroids; indices of the others do not shift.

@@ -7,7 +7,7 @@ the data it was fitted on: it is kept when a domain is removed, and exactness is
 
 import hashlib
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,17 @@ class ClusterLabels:
 class PartitionMap:
     """Which partition trains on what.
 
-    `members[k]` are the configured domains of partition k. With `by_document` a domain is spread
-    over partitions: under `random` over all, so that `members[k]` is the whole domain list; under
-    `cluster` over those that hold training documents of it.
+    `members[k]` are the configured domains of partition k; those of the last `added` partitions
+    came later. With `by_document` a domain is spread over partitions: under `random` over all, so
+    that `members[k]` is the whole domain list; under `cluster` over those that hold training
+    documents of it.
     """
 
     method: str
     members: tuple[tuple[str, ...], ...]
     by_document: bool
     seed: int
+    added: int = 0
     clusters: ClusterLabels | None = field(default=None, compare=False)
     clusters_hash: str | None = None
 
@@ -77,8 +79,8 @@ class PartitionMap:
         return [sorted(self.members[k]), found]
 
     def share(self, k: int) -> float:
-        """Configured share in (0, 1] of all domains that partition k holds."""
-        domains = {d for group in self.members for d in group}
+        """Configured share that partition k holds of all domains; added ones do not count."""
+        domains = {d for group in self.members[: self.n - self.added] for d in group}
         return 1.0 / self.n if self.by_document else len(self.members[k]) / len(domains)
 
     def touched(self, domain: str) -> tuple[int, ...]:
@@ -117,6 +119,13 @@ class PartitionMap:
 
 def make_partition_map(config: Config) -> PartitionMap:
     """The map of a config; UserError if the method cannot make that n."""
+    made = _base_map(config)
+    added = config.data.added_domains
+    return replace(made, members=(*made.members, *((d,) for d in added)), added=len(added))
+
+
+def _base_map(config: Config) -> PartitionMap:
+    """The map without added domains."""
     method, n, seed = config.partition.method, config.partition.n, config.partition.seed
     domains = config.data.domains
     if method == "cluster":
@@ -192,6 +201,6 @@ def _cluster_map(config: Config) -> PartitionMap:
         members,
         True,
         config.partition.seed,
-        ClusterLabels(folder),
-        content_hash(folder),
+        clusters=ClusterLabels(folder),
+        clusters_hash=content_hash(folder),
     )

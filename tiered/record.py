@@ -158,7 +158,7 @@ def note_provenance(config: Config, artefacts: dict[str, Any]) -> None:
     """Note in provenance.json which domains' data touched which artefact of the run."""
     path = config.run_dir / "provenance.json"
     known = read_json(path) if path.is_file() else {}
-    models = {f"model/{k}" for k in range(config.partition.n)}
+    models = {f"model/{k}" for k in range(config.num_partitions)}
     known = {k: v for k, v in known.items() if k in models or not k.startswith("model/")}
     if not config.model.init_from:
         known.pop("seed_lm", None)

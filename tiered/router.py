@@ -27,6 +27,7 @@ from tiered.modeling_tiered import (
 from tiered.partition import PartitionMap
 from tiered.record import device_of, environment, set_up_process
 from tiered.store import (
+    HASHES,
     TIMINGS,
     UserError,
     atomic_folder,
@@ -82,13 +83,19 @@ def router_blocks(
     return blocks
 
 
+def embedder_domains(config: Config, data: ProcessedData) -> list[str]:
+    """Present domains that the embedder is trained on, by name: the order of the config changes
+    nothing, nor do domains that were added later."""
+    return sorted(set(data.domains) - set(config.data.added_domains))
+
+
 def embedder_inputs(config: Config, data: ProcessedData) -> str:
     """Hash of what config and data say of the embedder, the environment apart."""
     fixed = ("scope", "context_tokens", "early_positions")
     return digest(
         {
             "router": {k: v for k, v in plain(config.router).items() if k not in fixed},
-            "data": {d: data.split_hash(d, "router") for d in data.domains},
+            "data": {d: data.split_hash(d, "router") for d in embedder_domains(config, data)},
             "configured": sorted(config.data.domains),
             "block_size": config.data.block_size,
             "tokenizer": data.tokenizer_hash,
@@ -107,7 +114,9 @@ def embedder_folder(config: Config, data: ProcessedData) -> Path | None:
 
 def router_inputs(config: Config, data: ProcessedData, partitions: PartitionMap) -> str:
     """Hash of what config and data say of embedder, centroids and map, the environment apart."""
-    return digest([embedder_inputs(config, data), partitions.as_json()["hash"]])
+    parts = [embedder_inputs(config, data), partitions.as_json()["hash"]]
+    added = [d for d in config.data.added_domains if d in data.domains]
+    return digest([*parts, *([d, data.split_hash(d, "router")] for d in added)])
 
 
 def check_clusters(config: Config, data: ProcessedData) -> None:
@@ -143,12 +152,13 @@ def train_embedder(config: Config, data: ProcessedData) -> Path | None:
         return folder
     if config.router.embedder == "tfidf":
         begin = time.perf_counter()
-        embedder = fit_tfidf(config, level1_config(config, data), data)
+        domains = embedder_domains(config, data)
+        embedder = fit_tfidf(config, level1_config(config, data), data, domains)
         with atomic_folder(folder) as path:
             save_file(embedder.state_dict(), path / "model.safetensors")
             write_json(path / TIMINGS, {"seconds": time.perf_counter() - begin})
         return folder
-    domains = sorted(data.domains)  # as the address: the order of the config changes nothing
+    domains = embedder_domains(config, data)
     blocks = np.concatenate([router_blocks(config, data, d) for d in domains])
     job = Fit(
         folder=folder,
@@ -335,6 +345,14 @@ def save_router(
         save_file(tensors, path / "centroids.safetensors")
         write_json(path / "router.json", {**meta, "num_partitions": router.num_partitions})
         write_json(path / TIMINGS, {"seconds": time.perf_counter() - begin})
+
+
+def router_content(folder: Path) -> str:
+    """Hash of what a router is (embedder, centroids, domains), not of the config it came from."""
+    files = read_json(folder / HASHES)
+    del files["router.json"]
+    meta = read_json(folder / "router.json")
+    return digest([files, meta["domains"], meta["num_partitions"]])
 
 
 def load_router(folder: Path, command: str) -> tuple[Level1Router, list[str | None]]:

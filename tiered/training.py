@@ -398,7 +398,7 @@ def trained_rows(
         own = branching.seed_config(config)
         jobs.append((own, make_partition_map(own)))
     for made, assigned in jobs:
-        if made.training.split == "train":
+        if made.training.split == "train" and assigned.touched(domain):
             keep = branching.used(made, ids)
             keep = np.ones(len(ids), dtype=bool) if keep is None else keep
             groups = np.where(keep, assigned.assign(domain, ids), -1)
@@ -537,9 +537,9 @@ def train_partition(
 
 
 def forget_other_partitions(config: Config) -> None:
-    """Remove from the run folder the models of an earlier, larger partition.n."""
+    """Remove from the run folder the models of an earlier config with more partitions."""
     for path in (config.run_dir / "models").glob("[0-9]*"):
-        if int(path.name) >= config.partition.n:
+        if int(path.name) >= config.num_partitions:
             shutil.rmtree(path)
 
 

@@ -14,7 +14,13 @@ from tiered.data import ProcessedData
 from tiered.evaluation import RowScores, rows_table, write_rows
 from tiered.partition import make_partition_map
 from tiered.record import SCORING_CODE, environment, peak_memory_bytes
-from tiered.router import check_router, load_router, missing_embedder, run_models
+from tiered.router import (
+    check_router,
+    load_router,
+    missing_embedder,
+    router_content,
+    run_models,
+)
 from tiered.store import (
     TIMINGS,
     UserError,
@@ -88,7 +94,7 @@ def missing_golds(config: Config) -> dict[Path, Call]:
     calls: dict[Path, Call] = {}
     for forget in config.unlearn.forget:
         without = config.without(forget)
-        calls |= missing_models(without, range(config.partition.n)) | missing_embedder(without)
+        calls |= missing_models(without, range(config.num_partitions)) | missing_embedder(without)
     return calls
 
 
@@ -145,11 +151,10 @@ def describe(
     given = [] if forget not in _tokenizer_domains(context) else ["tokenizer"]
     if context.partitions.method == "cluster":
         given.append("map")  # fitted with the domain, and kept: gold has the same
-    router_clean = content_hash(outcome.router) == content_hash(gold.router)
     outside = context.config.model.init_from and not has_own_seed(context.config)
     if outside:
         given.append("seed_lm")  # gold starts from the same
-    if not router_clean:
+    if router_content(outcome.router) != router_content(gold.router):
         given.append("router")
     models_clean = all(gold_ids.get(k) == h for k, h in ids.items())
     if outside:  # where nothing is known of it, the claim rests on it

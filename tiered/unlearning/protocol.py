@@ -77,11 +77,11 @@ def measure(
 
 
 def router_losses(context: Context, forget: str, model: TieredForCausalLM) -> Losses:
-    """Mean nats per row of the Level-1 embedder LM: router-split rows of f, holdout rows of f."""
+    """Mean nats per row of the Level-1 embedder LM: its training rows of f, holdout rows of f."""
     embedder = model.router.embedder
-    if not isinstance(embedder, Level1Embedder):
-        return None, None
     losses, data, config = [], context.data, context.config
+    if not isinstance(embedder, Level1Embedder) or forget in config.data.added_domains:
+        return None, None  # it is no language model, or was not trained on the domain
     trained = data.packed(forget, "router", limit_tokens=config.router.tokens_per_domain)
     for split, only in (("router", trained), ("holdout", None)):
         rows = data.rows(forget, split, config.unlearn.forget_rows, only)
