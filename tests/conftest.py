@@ -148,13 +148,12 @@ def brute_ngrams(pieces: list[bytes], buckets: int, longest: int) -> list[tuple[
     for i in range(len(text)):  # the token in which character i ends
         last = len(text[: i + 1].encode())
         ends.append(next(t for t, bound in enumerate(bounds) if bound >= last))
-    code_of = lambda c: int.from_bytes(c.encode(), "little")  # noqa: E731
     found = []
     for i in range(len(text)):
         code = 0
         for length in range(1, longest + 1):
             if i - length + 1 < 0:
                 break
-            code = (code * 1_000_003 + code_of(text[i - length + 1]) + 7 * length) % 2_147_483_629
+            code = (code * 1_000_003 + ord(text[i - length + 1]) + 7 * length) % 2_147_483_629
             found.append((code % buckets, ends[i]))
     return found

@@ -8,15 +8,23 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from tests.conftest import brute_ngrams
-from tiered.clusters import document_vectors, write_clusters
+from tiered.clusters import (
+    document_vectors,
+    term_code,
+    term_reader,
+    terms_of,
+    write_clusters,
+)
 from tiered.config import SPLITS, Config, load
 from tiered.data import ProcessedData
 from tiered.kmeans import nearest
 from tiered.partition import make_partition_map
-from tiered.router import check_clusters, load_router
+from tiered.router import check_clusters, level1_config, load_router
 from tiered.store import UserError, read_json
+from tiered.tokenization import Encoder
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +71,70 @@ def test_tfidf_vectors_by_hand(run):
     for vector, count in zip(vectors, counts, strict=True):
         expected = sum(n * projection[b] for b, n in count.items())
         assert np.allclose(vector, expected / expected.norm(), atol=1e-5)
+
+
+def test_words_are_those_of_the_published_analyser(run):
+    """From tokens, from text, and from scikit-learn set up as c-BTM does (numbers become one more
+    stop word); a word counts from the character that ends it."""
+    _, data = run
+    level1 = level1_config(load(Path("configs/k4.yaml"), ("router.tfidf_analyzer=word",)), data)
+    reader = term_reader(level1, data)
+    published = TfidfVectorizer(stop_words="english").build_analyzer()
+    found_any = 0
+    for domain in data.domains:
+        for tokens in data.documents(domain, "router"):
+            text = data.tokenizer.decode(tokens)
+            words = [w for w in published(text + " ") if not w[0].isdigit()]
+            assert Counter(terms_of(text + " ", level1)) == Counter(words)
+            ids = torch.from_numpy(tokens.astype(np.int64))
+            bucket, end = reader.terms(ids, torch.zeros_like(ids))
+            for length in (len(ids), len(ids) // 2, len(ids) // 3):
+                raw = b"".join(data_pieces(data, ids[:length]))
+                seen = terms_of(raw.decode("utf-8", "ignore"), level1)
+                expected = Counter(term_code(w, "word") % level1.tfidf_buckets for w in seen)
+                assert Counter(bucket[end < length].tolist()) == expected
+            found_any += len(bucket)
+    assert found_any > 1000
+    # texts laid one after another share no word, and a word needs its end
+    ids = torch.tensor(data.tokenizer("ab cdé fg", add_special_tokens=False)["input_ids"])
+    twice, rows = torch.cat([ids, ids]), torch.arange(2).repeat_interleave(len(ids))
+    codes = [term_code(w, "word") % level1.tfidf_buckets for w in ("ab", "cdé")]
+    assert reader.terms(twice, rows)[0].tolist() == codes * 2
+    assert not len(reader.terms(ids[:0], rows[:0])[0])
+
+
+def data_pieces(data: ProcessedData, ids: torch.Tensor) -> list[bytes]:
+    pieces = Encoder(data.folder / "tokenizer").pieces()
+    return [pieces[i] for i in ids.tolist()]
+
+
+def test_top_terms_by_brute_force(run):
+    """p log(p / q) of every bucket's share of documents, and the names that stand behind it."""
+    config, data = run
+    buckets, partitions = config.router.tfidf_buckets, make_partition_map(config)
+    terms = read_json(config.run_dir / "partition/clusters/clusters.json")["top_terms"]
+    present, labels, names = [], [], []
+    for domain in data.domains:
+        labels += partitions.assign(domain, data.document_ids(domain, "router")).tolist()
+        for tokens in data.documents(domain, "router"):
+            row, raw = np.zeros(buckets), data.tokenizer.decode(tokens).encode()
+            row[[b for b, _ in brute_ngrams([raw], buckets, 3)]] = 1
+            present.append(row)
+            names.append(domain)
+    present, labels = np.stack(present), np.array(labels)
+    for k in range(4):
+        p, q = present[labels == k].mean(0), present.mean(0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            weights = np.where(p > q, p * np.log(p / q), 0)
+        found = [term_code(term, "char") % buckets for term in terms[k]]
+        assert len(found) == 10
+        assert np.allclose(weights[found], np.sort(weights)[::-1][:10])
+        domain = Counter(np.array(names)[labels == k]).most_common(1)[0][0]
+        blocks = {"hi": ("\u0900", "\u097f"), "si": ("\u0d80", "\u0dff")}
+        if domain in blocks:
+            low, high = blocks[domain]
+            letters = [c for term in terms[k] for c in term if not c.isspace()]
+            assert all(low <= c <= high for c in letters)
 
 
 def test_every_document_stands_in_its_nearest_cluster_and_the_fit_is_balanced(run):
@@ -129,5 +201,6 @@ def test_a_cluster_without_a_training_block_is_refused(run):
     router, _ = load_router(config.run_dir / "router", "")
     many = load(Path("configs/k4.yaml"), ("name=many", "partition.n=40"))
     with pytest.raises(UserError, match=r"cluster \d+ of 40 holds no training block"):
-        write_clusters(many, data, router.embedder, Path("many"), "")
+        level1 = level1_config(many, data)
+        write_clusters(many, data, router.embedder, level1, Path("many"), "")
     assert not Path("many").exists()

@@ -197,7 +197,7 @@ def test_character_ngrams_equal_those_of_the_decoded_text():
         pieces_of += pieces
     for i, piece in enumerate(pieces_of):
         embedder.token_bytes[i, : len(piece)] = torch.tensor(list(piece), dtype=torch.int16)
-    bucket, end = embedder.ngrams(torch.tensor(tokens), torch.tensor(rows))
+    bucket, end = embedder.terms(torch.tensor(tokens), torch.tensor(rows))
     found = zip(bucket.tolist(), end.tolist(), strict=True)
     assert sorted(found) == sorted(expected)
 

@@ -5,7 +5,9 @@ nearest centre. runs/<experiment>/partition/clusters/ holds it: centres.safetens
 labels/<domain>/<split>.safetensors (see `partition.ClusterLabels`), clusters.json.
 """
 
+import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from sklearn.preprocessing import normalize
 from torch import nn
 
@@ -23,13 +26,116 @@ from tiered.config import SPLITS, Config
 from tiered.data import ProcessedData
 from tiered.kmeans import Clusters, balanced_kmeans, nearest
 from tiered.metrics import partition_nmi
-from tiered.modeling_tiered import Level1Config, TfidfEmbedder
+from tiered.modeling_tiered import (
+    DIGIT,
+    HASH_BASE,
+    HASH_PRIME,
+    WORD_LENGTH,
+    WORD_TABLE,
+    Level1Config,
+    TfidfEmbedder,
+)
 from tiered.partition import id_hashes
 from tiered.record import device_of
 from tiered.store import TIMINGS, UserError, atomic_folder, seed_of, write_json
 from tiered.tokenization import Encoder
 
+NAMED_DOCUMENTS = 100  # of each cluster, in which the names of its top terms are looked up
 CHUNK_TOKENS = 2**17  # tokens of documents whose n-grams are held at once
+
+
+def term_reader(level1: Level1Config, data: ProcessedData) -> TfidfEmbedder:
+    """A tf-idf embedder that reads terms from tokens, not fitted yet."""
+    embedder = TfidfEmbedder(level1)
+    pieces = Encoder(data.folder / "tokenizer").pieces()
+    for i, piece in enumerate(pieces):
+        # a longer token's tail is lost; the table's width is set for words, not for runs of spaces
+        part = torch.frombuffer(bytearray(piece), dtype=torch.uint8) if piece else torch.empty(0)
+        part = part[: level1.tfidf_token_bytes].to(torch.int16)
+        embedder.token_bytes[i, : len(part)] = part
+    if level1.tfidf_analyzer == "word":
+        for point in range(WORD_TABLE):
+            letter = chr(point)
+            if letter.isalnum() or letter == "_":  # what \w matches
+                lower = letter.lower()
+                folded = ord(lower) if len(lower) == 1 else point
+                embedder.word_characters[point] = folded + DIGIT * letter.isdigit()
+        codes = [term_code(word, "word") for word in sorted(ENGLISH_STOP_WORDS)]
+        embedder.stop_words.copy_(torch.tensor(codes))
+    return embedder
+
+
+def term_code(term: str, analyzer: str) -> int:
+    """Hash code of one term, as `TfidfEmbedder.terms` has it before the modulo of buckets."""
+    if analyzer == "word":
+        powers = (pow(HASH_BASE, i + 1, HASH_PRIME) for i in range(WORD_LENGTH))
+        return sum(ord(c) * p for c, p in zip(term, powers, strict=False)) % HASH_PRIME
+    code = 0
+    for length, letter in enumerate(reversed(term), 1):
+        code = (code * HASH_BASE + ord(letter) + 7 * length) % HASH_PRIME
+    return code
+
+
+def terms_of(text: str, config: Level1Config) -> Iterator[str]:
+    """All terms of a text, as `TfidfEmbedder.terms` reads them."""
+    if config.tfidf_analyzer == "word":
+        for word in re.findall(r"\b\w\w+\b(?=.)", text.lower(), re.DOTALL):
+            if not (word[0].isdigit() or word in ENGLISH_STOP_WORDS):
+                yield word
+        return
+    for length in range(1, config.tfidf_ngram_max + 1):
+        yield from (text[i : i + length] for i in range(len(text) - length + 1))
+
+
+def top_terms(
+    config: Config,
+    data: ProcessedData,
+    level1: Level1Config,
+    labels: dict[str, np.ndarray],
+    count: int = 10,
+) -> list[list[str]]:
+    """The terms that tell each cluster from all documents, heaviest first.
+
+    Weight of a bucket: p log(p / q), p and q its share of the cluster's documents and of all. A
+    second pass over NAMED_DOCUMENTS of each cluster finds the most frequent term behind it.
+    """
+    reader, n = term_reader(level1, data), config.partition.n
+    shares, documents = np.zeros((n, level1.tfidf_buckets)), np.zeros(n)
+    chosen: list[list[str]] = [[] for _ in range(n)]
+    for domain in sorted(labels):
+        done = 0
+        for chunk in _chunks(data.documents(domain, "router", config.router.tokens_per_domain)):
+            own = labels[domain][done : done + len(chunk)]
+            present = (_counts(reader, chunk) > 0).astype(np.float64)
+            onto = scipy.sparse.csr_matrix(
+                (np.ones(len(own)), (own, np.arange(len(own)))), (n, len(own))
+            )
+            shares += (onto @ present).toarray()
+            documents += np.bincount(own, minlength=n)
+            done += len(chunk)
+            for tokens, k in zip(chunk, own, strict=True):
+                if len(chosen[k]) < NAMED_DOCUMENTS:
+                    chosen[k].append(_text(reader, tokens))
+    overall = shares.sum(0) / documents.sum()
+    shares /= documents[:, None].clip(min=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        weights = np.where(shares > overall, shares * np.log(shares / overall), 0)
+    found = []
+    for k in range(n):
+        heaviest = np.argsort(-weights[k], kind="stable")[:count]
+        names: dict[int, Counter] = {int(b): Counter() for b in heaviest if weights[k, b]}
+        for term, times in Counter(t for x in chosen[k] for t in terms_of(x, level1)).items():
+            bucket = term_code(term, level1.tfidf_analyzer) % level1.tfidf_buckets
+            if bucket in names:
+                names[bucket][term] += times
+        found.append([c.most_common(1)[0][0] for c in names.values() if c])
+    return found
+
+
+def _text(reader: TfidfEmbedder, tokens: np.ndarray) -> str:
+    """Text of a document from the bytes of its tokens; broken characters are left out."""
+    values = reader.token_bytes[torch.from_numpy(tokens.astype(np.int64))]
+    return bytes(values[values >= 0].tolist()).decode("utf-8", "ignore")
 
 
 def fit_tfidf(
@@ -42,13 +148,7 @@ def fit_tfidf(
     every domain, of unit length each.
     """
     section = config.router
-    embedder = TfidfEmbedder(level1)
-    pieces = Encoder(data.folder / "tokenizer").pieces()
-    for i, piece in enumerate(pieces):
-        # a longer token's tail is lost; the table's width is set for words, not for runs of spaces
-        part = torch.frombuffer(bytearray(piece), dtype=torch.uint8) if piece else torch.empty(0)
-        part = part[: level1.tfidf_token_bytes].to(torch.int16)
-        embedder.token_bytes[i, : len(part)] = part
+    embedder = term_reader(level1, data)
     frequency, documents, kept = np.zeros(section.tfidf_buckets), 0, []
     for domain in domains:
         used = 0
@@ -103,7 +203,7 @@ def _counts(embedder: TfidfEmbedder, documents: list[np.ndarray]) -> scipy.spars
     """Bucket counts of documents, (documents, buckets)."""
     ids = torch.from_numpy(np.concatenate(documents).astype(np.int64))
     owner = np.repeat(np.arange(len(documents)), [len(d) for d in documents])
-    bucket, end = (t.numpy() for t in embedder.ngrams(ids, torch.from_numpy(owner)))
+    bucket, end = (t.numpy() for t in embedder.terms(ids, torch.from_numpy(owner)))
     shape = (len(documents), embedder.config.tfidf_buckets)
     ones = np.ones(len(bucket), dtype=np.float32)
     counts = scipy.sparse.csr_matrix((ones, (owner[end], bucket)), shape=shape)
@@ -153,7 +253,12 @@ def fit_clusters(
 
 
 def write_clusters(
-    config: Config, data: ProcessedData, embedder: nn.Module, folder: Path, inputs: str
+    config: Config,
+    data: ProcessedData,
+    embedder: nn.Module,
+    level1: Level1Config,
+    folder: Path,
+    inputs: str,
 ) -> None:
     """Fit a cluster map and write it: every document of every split with its cluster."""
     begin = time.perf_counter()
@@ -180,7 +285,9 @@ def write_clusters(
                 f"partition.n: cluster {int(blocks.argmin())} of {n} holds no training block of"
                 f" {data.block_size} tokens; lower partition.n or give it more text"
             )
-        write_json(path / "clusters.json", _summary(config, clusters, fitted, counts, inputs))
+        summary = _summary(config, clusters, fitted, counts, inputs)
+        summary["top_terms"] = top_terms(config, data, level1, fitted)
+        write_json(path / "clusters.json", summary)
         write_json(path / TIMINGS, {"seconds": time.perf_counter() - begin})
 
 

@@ -188,6 +188,12 @@ class RouterConfig:
     ngram_buckets: int = opt(4096, "hash buckets of hashed_ngrams", low=2)
     ngram_max: int = opt(2, "longest token n-gram of hashed_ngrams", low=1)
     tfidf_buckets: int = opt(32768, "hash buckets of tfidf", low=2)
+    tfidf_analyzer: str = opt(
+        "char",
+        "terms of tfidf: character n-grams; or c-BTM's words, two letters or more, in lower case,"
+        " without English stop words and numbers (wrong for scripts without spaces)",
+        choices=("char", "word"),
+    )
     tfidf_ngram_max: int = opt(3, "longest character n-gram of tfidf", low=1)
     tfidf_min_df: int = opt(2, "documents that must hold an n-gram of tfidf, at least", low=1)
     tfidf_dimensions: int = opt(100, "dimensions kept by the SVD of tfidf", low=1)

@@ -35,6 +35,7 @@ SCOPES = ("oracle", "token", "sample")
 class Level1Config(PreTrainedConfig):
     """Configuration of the Level-1 embedder: `transformer`, `hashed_ngrams` or `tfidf`.
 
+    tfidf_stop_words: number of English stop words that the `word` analyser leaves out.
     metric: how prefixes are compared with centroids, `cosine` or (of the prefix's unit vector)
     `euclidean`.
     """
@@ -55,6 +56,8 @@ class Level1Config(PreTrainedConfig):
         tfidf_ngram_max: int = 3,
         tfidf_dimensions: int = 100,
         tfidf_token_bytes: int = 32,
+        tfidf_analyzer: str = "char",
+        tfidf_stop_words: int = 0,
         metric: str = "cosine",
         pad_token_id: int | None = None,
         **kwargs: Any,
@@ -76,6 +79,8 @@ class Level1Config(PreTrainedConfig):
         self.tfidf_ngram_max = tfidf_ngram_max
         self.tfidf_dimensions = tfidf_dimensions
         self.tfidf_token_bytes = tfidf_token_bytes
+        self.tfidf_analyzer = tfidf_analyzer
+        self.tfidf_stop_words = tfidf_stop_words
         self.metric = metric
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
@@ -200,14 +205,22 @@ def similarities(prefixes: torch.Tensor, centroids: torch.Tensor, metric: str) -
     return torch.stack([(units * c).sum(-1) for c in F.normalize(centroids, dim=-1)], -1)
 
 
-class TfidfEmbedder(PrefixEmbedder, nn.Module):
-    """Embedder without a language model: tf-idf of hashed character n-grams, projected by a
-    truncated SVD (after c-BTM, arXiv:2303.14177, whose unit is the English word).
+HASH_BASE, HASH_PRIME = 1_000_003, 2_147_483_629  # a prime below 2^31: int64 products stay exact
+WORD_TABLE, WORD_LENGTH, DIGIT = 0x20000, 64, 1 << 24
 
-    What an n-gram adds to a text's vector does not depend on the rest of the text, so the vector
-    of every prefix is a running sum. Characters come from the bytes of the tokens: the bytes of
-    one may stand in several tokens. projection (buckets, D): idf times the SVD's components, zero
-    where a bucket is too rare; token_bytes (V, L): each token's bytes, -1 where there are none.
+
+class TfidfEmbedder(PrefixEmbedder, nn.Module):
+    """Embedder without a language model: tf-idf of hashed terms, projected by a truncated SVD
+    (after c-BTM, arXiv:2303.14177).
+
+    Terms are character n-grams (`char`), or c-BTM's words (`word`): two word characters or more,
+    in lower case, without English stop words and numbers. What a term adds to a text's vector does
+    not depend on the rest of the text, so the vector of every prefix is a running sum; a word
+    counts from the character that ends it. Characters come from the bytes of the tokens: the bytes
+    of one may stand in several tokens. projection (buckets, D): idf times the SVD's components,
+    zero where a bucket is too rare; token_bytes (V, L): each token's bytes, -1 where there are
+    none; of `word`, word_characters (WORD_TABLE,): the lower case of a word character (with DIGIT
+    for digits), 0 for others, and stop_words: their hash codes.
     """
 
     def __init__(self, config: Level1Config) -> None:
@@ -220,48 +233,92 @@ class TfidfEmbedder(PrefixEmbedder, nn.Module):
         self.register_buffer(
             "projection", torch.zeros(config.tfidf_buckets, config.tfidf_dimensions)
         )
+        if config.tfidf_analyzer == "word":
+            self.register_buffer("word_characters", torch.zeros(WORD_TABLE, dtype=torch.int32))
+            self.register_buffer(
+                "stop_words", torch.zeros(config.tfidf_stop_words, dtype=torch.long)
+            )
 
-    def ngrams(self, tokens: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Buckets (M,) of all n-grams in texts laid one after another, and the index (M,) of the
-        token that completes each. tokens (N,); row (N,), the text of each: n-grams cross none."""
+    def terms(self, tokens: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Buckets (M,) of all terms in texts laid one after another, and the index (M,) of the
+        token that completes each. tokens (N,); row (N,), the text of each: terms cross none."""
+        character, row, end = self._characters(tokens, row)
+        if self.config.tfidf_analyzer == "word":
+            code, end = self._words(character, row, end)
+        else:
+            code, end = self._ngrams(character, row, end)
+        return code % self.config.tfidf_buckets, end
+
+    def _characters(
+        self, tokens: torch.Tensor, row: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Code point, text and last token of every whole character, each (characters,)."""
         token, place = (self.token_bytes[tokens] >= 0).nonzero(as_tuple=True)
-        byte = self.token_bytes[tokens[token], place].long()
-        if not len(byte):
-            return byte, token
-        row = row[token]
+        byte, row = self.token_bytes[tokens[token], place].long(), row[token]
         # lead bytes say how many bytes their character has; 10xxxxxx continue one
         width = 1 + (byte >= 0xC0).long() + (byte >= 0xE0).long() + (byte >= 0xF0).long()
         start = ((byte & 0xC0) != 0x80).nonzero()[:, 0]
         last = start + width[start] - 1
-        following = torch.cat([start[1:], start.new_tensor([len(byte)])])
+        following = torch.cat([start[1:], start.new_tensor([len(byte)])])[: len(start)]
         whole = last < following  # broken characters are left out
         start, last = start[whole], last[whole]
         whole = row[start] == row[last]
         start, last = start[whole], last[whole]
-        character = torch.zeros_like(start)
-        for offset in range(4):
-            inside = start + offset <= last
-            character += torch.where(
-                inside, byte[(start + offset).clamp(max=len(byte) - 1)] << (8 * offset), 0
-            )
-        row, end = row[start], token[last]
-        buckets, ends, code = [], [], torch.zeros_like(character)
+        width = last - start + 1
+        # of the lead byte 7, 5, 4 or 3 bits belong to the character, of every other byte 6
+        character = byte[start] & (0xFF >> (width + (width > 1).long()))
+        for offset in range(1, 4):
+            more = byte[(start + offset).clamp(max=max(0, len(byte) - 1))] & 0x3F
+            character = torch.where(offset < width, (character << 6) | more, character)
+        return character, row[start], token[last]
+
+    def _ngrams(
+        self, character: torch.Tensor, row: torch.Tensor, end: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hash codes (M,) of all n-grams, and the token (M,) that completes each."""
+        codes, ends, code = [], [], torch.zeros_like(character)
         for length in range(1, self.config.tfidf_ngram_max + 1):
             # the n-gram that ends here: its characters so far, and the one `length - 1` before
             earlier = F.pad(character, (length - 1, 0))[: len(character)]
             same = F.pad(row, (length - 1, 0), value=-1)[: len(row)] == row
-            # a polynomial hash modulo a prime below 2^31 keeps int64 products exact
-            code = (code * 1_000_003 + earlier + 7 * length) % 2_147_483_629
-            buckets.append((code % self.config.tfidf_buckets)[same])
+            code = (code * HASH_BASE + earlier + 7 * length) % HASH_PRIME
+            codes.append(code[same])
             ends.append(end[same])
-        return torch.cat(buckets), torch.cat(ends)
+        return torch.cat(codes), torch.cat(ends)
+
+    def _words(
+        self, character: torch.Tensor, row: torch.Tensor, end: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hash codes (M,) of all words, and the token (M,) whose character ends each."""
+        known = self.word_characters[character.clamp(max=WORD_TABLE - 1)].long()
+        folded = torch.where(character < WORD_TABLE, known, character)
+        inside = folded > 0
+        # one more place on either side: a word ends where the text does, too
+        border = F.pad(inside, (1, 1))
+        other = F.pad(row[1:] != row[:-1], (1, 1), value=True)[: len(row) + 1]
+        first = (border[1:-1] & (~border[:-2] | other[:-1])).nonzero()[:, 0]
+        final = (border[1:-1] & (~border[2:] | other[1:])).nonzero()[:, 0]
+        word = torch.repeat_interleave(final - first + 1)
+        places = inside.nonzero()[:, 0]
+        offset = places - first[word]
+        kept = offset < WORD_LENGTH
+        powers = torch.tensor(
+            [pow(HASH_BASE, i + 1, HASH_PRIME) for i in range(WORD_LENGTH)], device=row.device
+        )
+        part = (folded[places] & (DIGIT - 1))[kept] * powers[offset[kept]]
+        code = torch.zeros_like(first).index_add_(0, word[kept], part) % HASH_PRIME
+        after = (final + 1).clamp(max=max(0, len(row) - 1))
+        ended = (final + 1 < len(row)) & (row[after] == row[final])
+        wanted = ended & (final > first) & (folded[first] < DIGIT)
+        wanted &= ~torch.isin(code, self.stop_words)
+        return code[wanted], end[after][wanted]
 
     def prefix_embeddings(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Projected tf-idf of tokens 0..t, (B, T, D) float32, up to its length."""
         place = _valid(input_ids, attention_mask).flatten().nonzero()[:, 0]
-        bucket, end = self.ngrams(input_ids.flatten()[place], place // input_ids.shape[1])
+        bucket, end = self.terms(input_ids.flatten()[place], place // input_ids.shape[1])
         added = self.projection.new_zeros(input_ids.numel(), self.projection.shape[1])
         added.index_add_(0, place[end], self.projection[bucket])
         return added.view(*input_ids.shape, -1).cumsum(1)
@@ -283,8 +340,7 @@ class HashedNgrams(nn.Module):
         found, code = [], torch.zeros_like(input_ids)
         for length in range(1, self.config.ngram_max + 1):
             shifted = F.pad(input_ids, (length - 1, 0))[:, : input_ids.shape[1]]
-            # A polynomial hash modulo a prime below 2^31 keeps int64 products exact.
-            code = (code * 1_000_003 + shifted + 7 * length) % 2_147_483_629
+            code = (code * HASH_BASE + shifted + 7 * length) % HASH_PRIME
             bucket = code % self.config.ngram_buckets
             bucket[:, : length - 1] = -1
             found.append(bucket)

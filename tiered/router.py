@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -61,6 +62,8 @@ def level1_config(config: Config, data: ProcessedData) -> Level1Config:
             tfidf_buckets=section.tfidf_buckets,
             tfidf_ngram_max=section.tfidf_ngram_max,
             tfidf_dimensions=section.tfidf_dimensions,
+            tfidf_analyzer=section.tfidf_analyzer,
+            tfidf_stop_words=len(ENGLISH_STOP_WORDS) if section.tfidf_analyzer == "word" else 0,
             metric="euclidean" if config.partition.method == "cluster" else "cosine",
             pad_token_id=data.pad_id,
             eos_token_id=data.separator_id,
@@ -260,9 +263,10 @@ def build_clusters(config: Config, data: ProcessedData) -> Path:
     if is_complete(folder) and not config.overwrite:
         verify(folder)
         return folder
-    router = Level1Router(level1_config(config, data), config.partition.n, 0)
+    level1 = level1_config(config, data)
+    router = Level1Router(level1, config.partition.n, 0)
     load_embedder(router, embedder)
-    write_clusters(config, data, router.embedder.eval(), folder, inputs)
+    write_clusters(config, data, router.embedder.eval(), level1, folder, inputs)
     return folder
 
 
