@@ -1,6 +1,7 @@
 """Cluster maps of the tiny pipeline: tf-idf by hand, nearest centres, kept when a domain goes."""
 
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from tests.conftest import brute_ngrams
+from tests.conftest import brute_ngrams, run_stages
 from tiered.clusters import (
     document_vectors,
     term_code,
@@ -178,6 +179,30 @@ def test_the_map_is_kept_when_a_domain_goes_and_the_claim_says_so(run):
             assert held == (domain in members)
     system = read_json(config.run_dir / "unlearn/hi/gold/system/system.json")
     assert system["exact"] and "map" in system["exact_given"]
+
+
+def test_a_map_fitted_without_the_domain_is_another_gold(run, tmp_path_factory):
+    """Everything but the tokenizer is made without hi; a map that is no fit has no such gold."""
+    folder = tmp_path_factory.mktemp("recluster") / "project"
+    shutil.copytree(Path.cwd(), folder)
+    operations = "unlearn.operations=original,gold,gold-recluster,delete-S1"
+    (folder / "configs/k2.yaml").write_text("base: k4.yaml\nname: k2\npartition: {n: 2}\n")
+    run_stages(folder, ("train_det_router", "run_clm"), "configs/k2.yaml")
+    experiments = [f"configs/{name}.yaml" for name in ("k2", "k4", "n4")]
+    run_stages(folder, ["unlearn_benchmarks"], *experiments, operations)
+    found = read_json(folder / "runs/k2/unlearn/hi/gold-recluster/metrics.json")
+    assert found["exact"] and found["exact_given"] == ["tokenizer"]
+    assert found["rebuilt"] == ["map", "router", "model/0", "model/1"]
+    kept = read_json(folder / "runs/k2/unlearn/hi/gold/metrics.json")
+    assert kept["exact_given"] == ["tokenizer", "map"]
+    models = folder / "runs/k2/unlearn/hi/gold-recluster/system/models"
+    for k in range(2):
+        assert "hi" not in read_json(models / str(k) / "record.json")["partition"]["present"]
+    # four clusters of three languages: one would have nothing to train on
+    word = read_json(folder / "runs/k4/unlearn/hi/gold-recluster/metrics.json")["result"]
+    assert word.startswith("not applicable: partition.n: cluster") and "no training block" in word
+    other = read_json(folder / "runs/n4/unlearn/hi/gold-recluster/metrics.json")
+    assert other["result"] == "not applicable: the map was not fitted to data"
 
 
 def test_another_config_is_told_to_cluster_anew(run):

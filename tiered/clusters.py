@@ -44,6 +44,10 @@ NAMED_DOCUMENTS = 100  # of each cluster, in which the names of its top terms ar
 CHUNK_TOKENS = 2**17  # tokens of documents whose n-grams are held at once
 
 
+class EmptyClusterError(UserError):
+    """A fitted map leaves a cluster without anything to train a model on."""
+
+
 def term_reader(level1: Level1Config, data: ProcessedData) -> TfidfEmbedder:
     """A tf-idf embedder that reads terms from tokens, not fitted yet."""
     embedder = TfidfEmbedder(level1)
@@ -281,7 +285,7 @@ def write_clusters(
                     blocks += tokens.astype(np.int64) // data.block_size
                 _write_labels(path, domain, split, data.document_ids(domain, split), labels)
         if not blocks.all():
-            raise UserError(
+            raise EmptyClusterError(
                 f"partition.n: cluster {int(blocks.argmin())} of {n} holds no training block of"
                 f" {data.block_size} tokens; lower partition.n or give it more text"
             )

@@ -364,8 +364,12 @@ class UnlearnConfig:
     forget: tuple[str, ...] = opt((), "forget domains, removed one at a time")
     operations: tuple[str, ...] = opt(
         ("original", "gold", "delete-S0", "delete-S1", "delete-S2", "sisa"),
-        "operations that are run, in this order",
-        choices=("original", "gold", "delete-S0", "delete-S1", "delete-S2", "sisa"),
+        "operations that are run, in this order; gold-recluster: a gold whose cluster map is fitted"
+        " anew without the domain",
+        choices=(
+            *("original", "gold", "gold-recluster"),
+            *("delete-S0", "delete-S1", "delete-S2", "sisa"),
+        ),
     )
     forget_rows: int = opt(200, "member, holdout and test rows of the forget domain", low=2)
     retain_rows: int = opt(32, "member and test rows of every other domain", low=1)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from tiered.config import Config
 from tiered.domains import BY_CODE, FAMILY_ORDER
-from tiered.store import UserError, content_hash, digest, is_complete, read_json, verify
+from tiered.store import HASHES, UserError, digest, is_complete, read_json, verify
 
 
 def id_hashes(document_ids: list[str]) -> np.ndarray:
@@ -129,7 +129,7 @@ def _base_map(config: Config) -> PartitionMap:
     method, n, seed = config.partition.method, config.partition.n, config.partition.seed
     domains = config.data.domains
     if method == "cluster":
-        return _cluster_map(config)
+        return cluster_map(config, config.run_dir / "partition" / "clusters")
     if method == "random":
         return PartitionMap(method, (domains,) * n, True, seed)
     if n > len(domains):
@@ -177,9 +177,8 @@ def _family_groups(domains: tuple[str, ...], n: int) -> tuple[tuple[str, ...], .
     )
 
 
-def _cluster_map(config: Config) -> PartitionMap:
-    """The fitted map of a run; UserError if there is none yet."""
-    folder = config.run_dir / "partition" / "clusters"
+def cluster_map(config: Config, folder: Path) -> PartitionMap:
+    """The map fitted in a folder; UserError if there is none yet, or of another n."""
     if not is_complete(folder):
         raise UserError(
             f"{folder}: documents are not clustered yet; run: python train_det_router.py CONFIG"
@@ -191,7 +190,8 @@ def _cluster_map(config: Config) -> PartitionMap:
             f"{folder}: has {summary['n']} clusters, partition.n is {config.partition.n}; run:"
             " python train_det_router.py CONFIG"
         )
-    counts = summary["train_documents"]
+    counts, files = summary["train_documents"], read_json(folder / HASHES)
+    labels = {name: value for name, value in files.items() if name.startswith("labels/")}
     members = tuple(
         tuple(d for d in config.data.domains if counts.get(d, [0] * (k + 1))[k])
         for k in range(config.partition.n)
@@ -202,5 +202,5 @@ def _cluster_map(config: Config) -> PartitionMap:
         True,
         config.partition.seed,
         clusters=ClusterLabels(folder),
-        clusters_hash=content_hash(folder),
+        clusters_hash=digest(labels),  # of which document is where; the summary may say more
     )

@@ -259,7 +259,8 @@ def build_clusters(config: Config, data: ProcessedData) -> Path:
         )
     embedder = train_embedder(config, data)
     inputs = cluster_inputs(config, data)
-    folder = config.store_dir / "clusters" / digest([inputs, environment(config)])
+    code = code_hash("tiered/clusters.py", "tiered/kmeans.py")
+    folder = config.store_dir / "clusters" / digest([inputs, environment(config), code])
     if is_complete(folder) and not config.overwrite:
         verify(folder)
         return folder
@@ -271,11 +272,10 @@ def build_clusters(config: Config, data: ProcessedData) -> Path:
 
 
 def cluster_inputs(config: Config, data: ProcessedData) -> str:
-    """Hash of what config and data say of a cluster map, the environment apart."""
+    """Hash of what config and data say of a cluster map, environment and code apart."""
     splits = {d: [data.split_hash(d, s) for s in SPLITS] for d in data.domains}
-    code = code_hash("tiered/clusters.py", "tiered/kmeans.py")
-    section = plain(config.partition)
-    return digest([embedder_inputs(config, data), section["n"], section["seed"], splits, code])
+    section = config.partition
+    return digest([embedder_inputs(config, data), section.n, section.seed, splits])
 
 
 def _centroid_groups(

@@ -143,13 +143,13 @@ def describe(
     """What is exact, what that rests on, and what still holds the domain.
 
     `exact`: every artefact of the system, those in `exact_given` apart, is bit for bit what gold
-    has and no weight of the domain is left.
+    has and no weight of the domain is left. A system with a map of its own is a gold itself.
     """
-    gold = outcomes["gold"]
+    gold = outcome if outcome.own_map else outcomes["gold"]
     ids = {k: content_hash(path) for k, path in outcome.models.items()}
     gold_ids = {k: content_hash(path) for k, path in gold.models.items()}
     given = [] if forget not in _tokenizer_domains(context) else ["tokenizer"]
-    if context.partitions.method == "cluster":
+    if context.partitions.method == "cluster" and not outcome.own_map:
         given.append("map")  # fitted with the domain, and kept: gold has the same
     outside = context.config.model.init_from and not has_own_seed(context.config)
     if outside:

@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from tiered.branching import has_own_seed
+from tiered.clusters import EmptyClusterError
 from tiered.data import ProcessedData
 from tiered.metrics import NOT_APPLICABLE
-from tiered.router import build_router, load_router, save_router
+from tiered.partition import cluster_map
+from tiered.router import build_clusters, build_router, load_router, save_router
 from tiered.store import TIMINGS, content_hash, digest, is_complete, read_json
 from tiered.training import train_partition, train_seed
 from tiered.unlearning.systems import Context, Outcome, recorded_cost
@@ -40,6 +42,27 @@ def gold(context: Context, forget: str) -> Outcome:
     outcome.reused = [
         f"model/{k}" for k, path in models.items() if content_hash(path) == originals[k]
     ]
+    return outcome
+
+
+def gold_recluster(context: Context, forget: str) -> Outcome:
+    """Gold of a cluster map that is itself fitted without the domain: other clusters, so that no
+    model of the run can be compared with it one by one."""
+    if context.partitions.method != "cluster":
+        raise NotApplicable(f"{NOT_APPLICABLE}: the map was not fitted to data")
+    config = context.config.without(forget)
+    data = ProcessedData(config)
+    try:
+        clusters = build_clusters(config, data)
+    except EmptyClusterError as error:
+        raise NotApplicable(f"{NOT_APPLICABLE}: {error}") from None
+    partitions = cluster_map(config, clusters)
+    fitted = replace(context, partitions=partitions)
+    models, seed = _models_without(fitted, forget, config.overwrite)
+    outcome = _rebuilt(models, build_router(config, data, partitions), models, seed)
+    outcome.seconds += recorded_cost([clusters])[1]
+    outcome.rebuilt.insert(0, "map")
+    outcome.own_map = True
     return outcome
 
 
@@ -114,6 +137,7 @@ def sisa(context: Context, forget: str) -> Outcome:
 OPERATIONS: dict[str, Callable[[Context, str], Outcome]] = {
     "original": original,
     "gold": gold,
+    "gold-recluster": gold_recluster,
     "delete-S0": delete_s0,
     "delete-S1": delete_s1,
     "delete-S2": delete_s2,

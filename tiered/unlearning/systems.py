@@ -34,7 +34,8 @@ class Outcome:
 
     tokens: training tokens x passes; seconds: with the recorded time of what was reused;
     allowed: partitions that may be routed to (None: all); removed / rebuilt: names of artefacts;
-    reused: those rebuilt that equal inputs had already made.
+    reused: those rebuilt that equal inputs had already made; own_map: the partition map was fitted
+    anew as well, so that gold is no measure of its parts.
     """
 
     models: dict[int, Path]
@@ -46,6 +47,7 @@ class Outcome:
     reused: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     rebuilt: list[str] = field(default_factory=list)
+    own_map: bool = False
 
     def identity(self) -> dict[str, Any]:
         """Content hashes of the system's parts."""
