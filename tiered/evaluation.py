@@ -368,7 +368,12 @@ def evaluate_mixtures(
             }
     perplexity = {name: table.as_json() for name, table in experts.items()}
     perplexity["cluster"] = dict(sorted(perplexity["cluster"].items(), key=lambda c: int(c[0])))
-    result = {"domains": domains, "macro": macro, "expert_perplexity": perplexity}
+    settings = {
+        label: {"name": name, "temperature": s.temperature, "top_k": s.top_k}
+        for label, (name, s) in mixture_settings(config).items()
+    }
+    result = {"domains": domains, "macro": macro, "settings": settings}
+    result["expert_perplexity"] = perplexity
     return result, pa.concat_tables(tables)
 
 
