@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 import modeling_monet  # noqa: F401 (registers the partition models)
 import tiered.modeling_tiered  # noqa: F401 (registers the tiered model)
 from tests.conftest import ROOT
+from tiered.config import load
+from tiered.data import ProcessedData
 
 OUTSIDE = """
 import sys
@@ -84,37 +86,37 @@ def test_an_existing_folder_is_not_written_over(exported, tiny):
     assert found.returncode == 2 and "exists already" in found.stderr
 
 
-def test_lm_evaluation_harness_runs_on_a_local_task(exported, tmp_path):
+@pytest.fixture(scope="module")
+def task(tiny, tmp_path_factory) -> Path:
+    """The few-shot task of the tiny cluster run."""
+    folder = tmp_path_factory.mktemp("task")
+    command = [sys.executable, str(ROOT / "scripts/fewshot_task.py"), "runs/k4", str(folder)]
+    subprocess.run([*command, "--rows", "2", "--tokens", "6"], cwd=tiny, check=True)
+    return folder
+
+
+def test_few_shot_task_asks_for_the_domain_of_test_snippets(task, tiny, monkeypatch):
+    monkeypatch.chdir(tiny)
+    data = ProcessedData(load("configs/k4.yaml"))
+    for name, split in (("questions", "test"), ("examples", "validation")):
+        rows = [json.loads(line) for line in (task / f"{name}.jsonl").read_text().splitlines()]
+        assert [row["label"] for row in rows] == [0, 1, 2, 3] * 2
+        ids = data.rows("si", split, 2).input_ids[:, :6]
+        texts = [" ".join(data.tokenizer.decode(row).split()) for row in ids]
+        assert [row["text"] for row in rows if row["label"] == 1] == texts
+    made = json.loads((task / "domain_of_text.yaml").read_text())
+    assert made["doc_to_choice"] == [" hi", " si", " de", " en"]
+
+
+def test_lm_evaluation_harness_runs_on_a_local_task(exported, task, tmp_path):
     """`lm_eval --model hf` scores and samples: 2-shot classification from a local file."""
     if importlib.util.find_spec("lm_eval") is None:
         pytest.skip("lm_eval is not installed (pip install lm_eval)")
-    rows = [
-        {"text": "The house is big.", "label": 0},
-        {"text": "यह एक घर है", "label": 1},
-        {"text": "We went home early.", "label": 0},
-        {"text": "मैं घर जाता हूँ", "label": 1},
-    ]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "rows.jsonl").write_text(lines)
-    task = {
-        "task": "language_of",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
-        "output_type": "multiple_choice",
-        "test_split": "test",
-        "fewshot_split": "test",
-        "num_fewshot": 2,
-        "doc_to_text": "{{text}}\nLanguage:",
-        "doc_to_choice": [" English", " Hindi"],
-        "doc_to_target": "label",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (tmp_path / "language_of.yaml").write_text(json.dumps(task))
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args"]
     command += [f"pretrained={exported},trust_remote_code=True,dtype=float32"]
-    command += ["--tasks", "language_of", "--include_path", str(tmp_path), "--device", "cpu"]
-    command += ["--output_path", str(tmp_path / "out")]
+    command += ["--tasks", "domain_of_text", "--include_path", str(task), "--num_fewshot", "2"]
+    command += ["--device", "cpu", "--output_path", str(tmp_path / "out")]
     subprocess.run(command, cwd=tmp_path, check=True, env=outside(tmp_path), capture_output=True)
     (path,) = (tmp_path / "out").rglob("results_*.json")
-    found = json.loads(path.read_text())["results"]["language_of"]
-    assert found["acc,none"] in (0.0, 0.25, 0.5, 0.75, 1.0)
+    found = json.loads(path.read_text())["results"]["domain_of_text"]
+    assert found["acc,none"] in [i / 8 for i in range(9)]

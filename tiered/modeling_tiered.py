@@ -507,7 +507,8 @@ class TieredConfig(PreTrainedConfig):
 
     partitions: configured domains of each partition; partition_configs: model config per present
     partition (keys are indices as text); level1: the embedder's config; centroid_domains: the
-    domain (or `None`) of each centroid.
+    domain (or `None`) of each centroid; max_position_embeddings: tokens that every partition model
+    was made for.
     """
 
     model_type = "tiered"
@@ -522,6 +523,7 @@ class TieredConfig(PreTrainedConfig):
         context_tokens: int = 32,
         early_positions: str = "token",
         vocab_size: int = 4096,
+        max_position_embeddings: int | None = None,
         **kwargs: Any,
     ) -> None:
         if scope not in SCOPES:
@@ -534,6 +536,7 @@ class TieredConfig(PreTrainedConfig):
         self.context_tokens = context_tokens
         self.early_positions = early_positions
         self.vocab_size = vocab_size
+        self.max_position_embeddings = max_position_embeddings
         super().__init__(**kwargs)
 
 

@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import yaml
 
-from tiered.store import UserError, read_json, write_text
+from tiered.store import TIMINGS, UserError, read_json, write_text
 
 matplotlib.rcParams["svg.hashsalt"] = "tiered"  # equal figures are equal files
 MARKERS = {"oracle": ("o", "-"), "token": ("s", "--"), "sample": ("^", ":")}
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def n(self) -> int:
-        return int(self.config["partition"]["n"])
+        return len(self.utility["partitions"])
 
     @property
     def scope(self) -> str:
@@ -100,6 +100,8 @@ def size_table(runs: list[Run]) -> list[dict[str, str]]:
         records = [read_json(path) for path in paths]
         counts = [record["parameters"] for record in records]
         steps = sorted({record["optimizer_steps"] for record in records})
+        seed = run.folder / "seed_lm" / "record.json"
+        parts = [path.parent for path in (*paths, *([seed] if seed.is_file() else []))]
         rows.append(
             {
                 "experiment": run.name,
@@ -111,6 +113,10 @@ def size_table(runs: list[Run]) -> list[dict[str, str]]:
                 "selected per token, one model": cell(counts[0]["selected_per_token"]),
                 "FLOPs per token, forward": cell(counts[0]["forward_flops_per_token"]),
                 "training tokens": cell(sum(record["tokens"] for record in records)),
+                "seed LM tokens": cell(read_json(seed)["tokens"] if seed.is_file() else "none"),
+                "training seconds, all": cell(
+                    round(sum(read_json(part / TIMINGS)["seconds"] for part in parts))
+                ),
                 "optimizer steps per model": f"{steps[0]:,} to {steps[-1]:,}",
                 "batch rows": str(records[0]["batch_rows"]),
             }
@@ -148,8 +154,7 @@ def partition_table(runs: list[Run]) -> list[dict[str, str]]:
     for run in runs:
         routing, macro = run.utility["routing"], run.utility["macro"]
         figures = {s: v["bpb"] if isinstance(v, dict) else v for s, v in macro.items()}
-        clusters = run.folder / "partition" / "clusters" / "clusters.json"
-        found = read_json(clusters) if clusters.is_file() else None
+        found = _clusters(run)
         counts = np.array(list(found["train_documents"].values())) if found else None
         rows.append(
             {
@@ -193,6 +198,31 @@ def mixture_table(runs: list[Run]) -> list[dict[str, str]]:
                 row[run.name] = cell(figures["bpb"] if isinstance(figures, dict) else figures)
         rows.append(row)
     return rows
+
+
+def term_table(run: Run) -> list[dict[str, str]]:
+    """Clusters of a run: training documents, the domains they come from, the top terms."""
+    found = _clusters(run)
+    counts = np.array(list(found["train_documents"].values()))  # (domains, clusters)
+    domains = list(found["train_documents"])
+    rows = []
+    for k, terms in enumerate(found["top_terms"]):
+        order = np.argsort(-counts[:, k], kind="stable")[:4]
+        rows.append(
+            {
+                "cluster": str(k),
+                "training documents": cell(int(counts[:, k].sum())),
+                "from": " ".join(f"{domains[i]}:{counts[i, k]}" for i in order if counts[i, k]),
+                "top terms": " ".join(f"\u201c{term}\u201d" for term in terms),
+            }
+        )
+    return rows
+
+
+def _clusters(run: Run) -> dict[str, Any] | None:
+    """The summary of a run's fitted map, if it has one."""
+    path = run.folder / "partition" / "clusters" / "clusters.json"
+    return read_json(path) if path.is_file() else None
 
 
 def domain_table(runs: list[Run]) -> list[dict[str, str]]:
@@ -467,6 +497,90 @@ def plot_routing(runs: list[Run]) -> plt.Figure:
     return figure
 
 
+def plot_mixtures(runs: list[Run]) -> plt.Figure | None:
+    """Bits per byte of distance mixtures: against how many models are mixed, and against T."""
+    runs = [r for r in runs if r.n > 1 and "mixtures" in r.utility]
+    if not runs:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    styles = [(m, ls) for ls in ("-", "--", ":") for m in "os^Dv"]
+    temperature = _middle_temperature(runs)
+    for run, (marker, line) in zip(runs, styles * len(runs), strict=False):
+        style = {"marker": marker, "ls": line, "color": "black", "mfc": "white", "ms": 5, "lw": 1}
+        by_count, by_heat = [], []
+        for settings, bpb in _distance_mixtures(run):
+            count, heat = settings["top_k"], settings["temperature"]
+            if count == 1 or heat == temperature:
+                by_count.append((count or run.n, bpb))
+            if not count:
+                by_heat.append((heat, bpb))
+        for axes, points in ((left, by_count), (right, by_heat)):
+            if points:
+                axes.plot(*zip(*sorted(points), strict=True), label=run.label, **style)
+    left.set_xscale("log", base=2)
+    left.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+    left.set_xlabel(f"partition models mixed (the nearest), T = {temperature:g}")
+    right.set_xscale("log")
+    right.set_xlabel("temperature T of all models' weights")
+    left.set_ylabel("test loss, macro mean (bits per byte)")
+    right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    return figure
+
+
+def _distance_mixtures(run: Run) -> list[tuple[dict[str, Any], float]]:
+    """Settings and macro bits per byte of a run's defined distance mixtures."""
+    found = run.utility["mixtures"]
+    return [
+        (settings, found["macro"][label]["bpb"])
+        for label, settings in found["settings"].items()
+        if settings["name"] == "distance" and isinstance(found["macro"].get(label), dict)
+    ]
+
+
+def _middle_temperature(runs: list[Run]) -> float:
+    """The published T = 0.1 where it was run, else the first."""
+    heats = [settings["temperature"] for run in runs for settings, _ in _distance_mixtures(run)]
+    return 0.1 if 0.1 in heats or not heats else heats[0]
+
+
+def plot_experts(runs: list[Run]) -> plt.Figure | None:
+    """What each model loses against the best one, on the text of every cluster or domain."""
+    runs = [r for r in runs if r.n > 1 and "mixtures" in r.utility]
+    largest: dict[str, Run] = {}
+    for run in sorted(runs, key=lambda r: r.n):
+        if run.utility["mixtures"].get("expert_perplexity", {}).get("domain"):
+            largest[run.utility["method"]] = run
+    if not largest:
+        return None
+    widths = [max(4, run.n) for run in largest.values()]
+    figure, grid = plt.subplots(
+        1,
+        len(largest),
+        figsize=(2 + 0.34 * sum(widths), 5),
+        width_ratios=widths,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, run in zip(grid[0], largest.values(), strict=True):
+        tables = run.utility["mixtures"]["expert_perplexity"]
+        kind = "cluster" if tables["cluster"] else "domain"
+        table = np.array(list(tables[kind].values()), dtype=float)
+        excess = np.log2(table / np.nanmin(table, 1, keepdims=True))
+        image = axes.imshow(excess, cmap="Greys", vmin=0, vmax=4, aspect="auto")
+        axes.set_yticks(range(len(table)), list(tables[kind]))
+        axes.set_xticks(range(table.shape[1]))
+        axes.set_xlabel("partition model")
+        axes.set_ylabel(f"{kind} of the text")
+        axes.set_title(run.label, fontsize=10)
+    figure.colorbar(
+        image,
+        ax=grid[0].tolist(),
+        extend="max",
+        label="perplexity over the best model's (doublings)",
+    )
+    return figure
+
+
 def plot_cost(runs: list[Run]) -> plt.Figure | None:
     """RTE of every operation, seconds on a log axis, mean over forget domains."""
     runs = [r for r in sorted(runs, key=lambda r: r.n) if r.unlearning]
@@ -534,6 +648,9 @@ def build(folders: list[Path], output: Path) -> Path:
     }
     if any("mixtures" in run.utility for run in runs):
         tables["Mixtures (bits per byte, macro over domains)"] = mixture_table(runs)
+    for run in runs:
+        if (_clusters(run) or {}).get("top_terms"):
+            tables[f"Clusters of {run.name}"] = term_table(run)
     for forget in dict.fromkeys(f for run in runs for f in run.unlearning):
         rows = [
             row for run in runs if forget in run.unlearning for row in unlearning_table(run, forget)
@@ -543,6 +660,8 @@ def build(folders: list[Path], output: Path) -> Path:
         "Utility against the cost of exact removal": ("tradeoff", plot_tradeoff(runs)),
         "Bits per byte against the number of partitions": ("utility", plot_utility(runs)),
         "Where each domain is routed": ("routing", plot_routing(runs)),
+        "Mixtures of partition models": ("mixtures", plot_mixtures(runs)),
+        "Every model on every cluster or domain": ("experts", plot_experts(runs)),
         "Time to remove a domain": ("cost", plot_cost(runs)),
     }
     page = [

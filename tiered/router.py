@@ -404,6 +404,7 @@ def tiered_model(
         context_tokens=config.router.context_tokens,
         early_positions=config.router.early_positions,
         vocab_size=first.config.vocab_size,
+        max_position_embeddings=min(m.config.max_position_embeddings for m in models.values()),
         pad_token_id=first.config.pad_token_id,
         eos_token_id=first.config.eos_token_id,
     )
