@@ -7,6 +7,8 @@ Writes  runs/<experiment>/eval/utility.json, eval/rows.parquet, eval/mixtures.pa
     python eval_det_router.py configs/c4/trained/n16.yaml eval.rows_per_domain=0   # one GPU
 """
 
+from collections.abc import Iterable
+
 from tqdm import tqdm
 
 from tiered.config import Config, run_script
@@ -36,6 +38,10 @@ def main(config: Config) -> None:
     start(config, "eval_det_router")
     # nothing is scored again where a finished evaluation had the same inputs
     hashes = {k: verify(folder) for k, folder in folders.items()}
+
+    def progress(items: Iterable, what: str, unit: str) -> Iterable:
+        return tqdm(items, desc=f"{config.name} {what}", unit=unit, disable=None)
+
     inputs = evaluation_key(config, data, partitions, hashes)
     path = config.run_dir / "eval" / "utility.json"
     result = None if config.overwrite else finished(path, inputs)
@@ -45,14 +51,11 @@ def main(config: Config) -> None:
             model = tiered_model(config, partitions, router, load_models(folders))
             cache = score_cache(config, hashes)
             # 3. scores of every domain, routed partitions only
-            bar = tqdm(data.domains, desc=f"{config.name} evaluation", unit="domain", disable=None)
-            result, table = evaluate(config, data, partitions, model, cache, lambda _: bar)
+            result, table = evaluate(config, data, partitions, model, cache, progress)
             # 4. mixtures: every partition's model on every row
             if config.eval.mixtures:
-                title = f"{config.name} mixtures"
-                bar = tqdm(data.domains, desc=title, unit="domain", disable=None)
                 result["mixtures"], mixed = evaluate_mixtures(
-                    config, data, partitions, model, cache, lambda _, bar=bar: bar
+                    config, data, partitions, model, cache, progress
                 )
                 write_rows(path.with_name("mixtures.parquet"), mixed)
             result["models"], result["inputs"] = {str(k): h for k, h in hashes.items()}, inputs

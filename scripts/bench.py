@@ -200,6 +200,7 @@ def routing_step(kind: str, size: dict[str, Any]) -> Callable[[], None]:
     """Scores of a run's test rows: routed token by token (router included), by one of its models,
     by all of them."""
     sys.path.insert(0, str(ROOT))
+    import numpy as np
     import torch
 
     from tiered.config import load
@@ -219,15 +220,16 @@ def routing_step(kind: str, size: dict[str, Any]) -> Callable[[], None]:
     rows = [data.rows(d, config.eval.split, size["rows"]).input_ids for d in data.domains]
     batch_rows = config.eval.batch_rows
 
+    ids = np.concatenate(rows)
+    shape = (len(ids), ids.shape[1] - 1)
+
     def step() -> None:
-        for ids in rows:
-            shape = (len(ids), ids.shape[1] - 1)
-            if kind == "ours":
-                chosen = {"token": assign(router_scores(model, ids, batch_rows), "token", 1)}
-            else:
-                used = model.present if kind == "all models" else model.present[:1]
-                chosen = {str(k): torch.full(shape, k) for k in used}
-            score_rows(model, ids, chosen, batch_rows)
+        if kind == "ours":
+            chosen = {"token": assign(router_scores(model, ids, batch_rows), "token", 1)}
+        else:
+            used = model.present if kind == "all models" else model.present[:1]
+            chosen = {str(k): torch.full(shape, k) for k in used}
+        score_rows(model, ids, chosen, batch_rows)
 
     return step
 

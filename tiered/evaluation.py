@@ -5,7 +5,7 @@ Shapes: R rows, T tokens per row, S = T - 1 scored positions, N partitions.
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,15 @@ from tiered.store import code_hash, content_hash, digest, read_json
 
 SCHEMA = 4
 MAX_UNK_SHARE = 0.01  # rows above it print `undefined`: [UNK] hides the text it replaces
+
+
+# Wraps items in a progress bar that names what is done and in which unit.
+Progress = Callable[[Iterable, str, str], Iterable]
+
+
+def plain_progress(items: Iterable, what: str, unit: str) -> Iterable:
+    """No bar."""
+    return items
 
 
 @dataclass
@@ -320,7 +329,7 @@ def evaluate_mixtures(
     partitions: PartitionMap,
     model: TieredForCausalLM,
     cache: ScoreCache | None = None,
-    progress: Any = iter,
+    progress: Progress = plain_progress,
 ) -> tuple[dict[str, Any], pa.Table]:
     """Bits per byte and perplexity of every configured mixture, per domain and macro, with the
     perplexity of every partition's model on every domain and cluster; row sums."""
@@ -328,7 +337,7 @@ def evaluate_mixtures(
     tables = []
     experts = {"domain": ExpertTable(), "cluster": ExpertTable()}
     stream = "validation" if config.eval.split != "validation" else "test"
-    for domain in progress(data.domains):
+    for domain in progress(data.domains, "mixtures", "domain"):
         rows = data.rows(domain, config.eval.split, config.eval.rows_per_domain)
         earlier = data.rows(domain, stream, config.eval.cached_rows)
         tokens, size = rows.input_ids.shape[1] - 1, rows.token_bytes[:, 1:].sum(1)
@@ -414,14 +423,36 @@ def evaluate(
     partitions: PartitionMap,
     model: TieredForCausalLM,
     cache: ScoreCache | None = None,
-    progress: Any = iter,
+    progress: Progress = plain_progress,
 ) -> tuple[dict[str, Any], pa.Table]:
-    """utility.json's content and the per-row table of a tiered model."""
+    """utility.json's content and the per-row table of a tiered model.
+
+    Every domain is routed first; then a partition's model reads all rows that it needs to, so that
+    the few short prefixes that stray into it from many domains share a forward pass.
+    """
     domains, tables, decided, right = {}, [], [], []
-    for domain in progress(data.domains):
+    routed = {}
+    for domain in progress(data.domains, "routing", "domain"):
         rows = data.rows(domain, config.eval.split, config.eval.rows_per_domain)
         oracle = oracle_of(partitions, rows)
-        found, scores = score_domain(config, model, rows, config.eval.scopes, oracle, cache=cache)
+        scores = router_scores(model, rows.input_ids, config.eval.batch_rows)
+        chosen = assignments(scores, config.eval.scopes, config, oracle)
+        routed[domain] = rows, oracle, scores, chosen
+    whole = score_rows(
+        model,
+        np.concatenate([rows.input_ids for rows, *_ in routed.values()]),
+        {
+            scope: torch.cat([chosen[scope] for *_, chosen in routed.values()])
+            for scope in next(iter(routed.values()))[3]
+        },
+        config.eval.batch_rows,
+        cache,
+        lambda wanted: progress(wanted, "scores", "partition"),
+    )
+    begin = 0
+    for domain, (rows, oracle, scores, chosen) in routed.items():
+        own = slice(begin, begin := begin + len(rows.input_ids))
+        found = {s: sum_rows(rows, s, whole[s].rows(own), chosen[s]) for s in chosen}
         domains[domain] = _domain_entry(config, data, rows, found, scores, oracle)
         tables.append(rows_table(found.values()))
         decided.append(assign(scores, "sample", config.router.context_tokens)[:, -1].numpy())

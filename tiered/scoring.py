@@ -5,7 +5,7 @@ Shapes: R rows, T tokens per row, S = T - 1 scored positions; position t predict
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from tiered.modeling_tiered import PrefixGroup, TieredForCausalLM, needed_positions, prefix_groups
 from tiered.store import code_hash, digest
 
+GROUP_BATCHES = 64  # batches that are cached together
+
 
 @dataclass
 class TokenScores:
@@ -29,6 +31,10 @@ class TokenScores:
     nll: np.ndarray
     correct: np.ndarray
     scored: np.ndarray
+
+    def rows(self, chosen: slice) -> "TokenScores":
+        """Those of some rows."""
+        return TokenScores(self.nll[chosen], self.correct[chosen], self.scored[chosen])
 
 
 class ScoreCache:
@@ -110,12 +116,20 @@ def _cached_group(
     return nll, correct
 
 
+def _parts(groups: Iterable[PrefixGroup], rows: int) -> Iterator[PrefixGroup]:
+    """Groups of at most so many rows: what a killed run has to score again."""
+    for group in groups:
+        for part in group.rows.split(rows):
+            yield PrefixGroup(part, group.length)
+
+
 def score_rows(
     model: TieredForCausalLM,
     input_ids: np.ndarray,
     assignments: Mapping[str, torch.Tensor],
     batch_rows: int,
     cache: ScoreCache | None = None,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> dict[str, TokenScores]:
     """Scores of rows (R, T) under several assignments (name -> partition (R, S)) in one pass.
 
@@ -129,9 +143,9 @@ def score_rows(
         for name in assignments
     }
     wanted = sorted({int(k) for a in assignments.values() for k in a.unique()} - {-1})
-    for k in wanted:
+    for k in progress(wanted):
         needed = torch.stack([needed_positions(a, k) for a in assignments.values()]).amax(0)
-        for group in prefix_groups(needed, steps):
+        for group in _parts(prefix_groups(needed, steps), GROUP_BATCHES * batch_rows):
             nll, correct = _cached_group(model, k, ids, group, batch_rows, cache)
             for name, chosen in assignments.items():
                 here = chosen[group.rows, : group.length] == k
