@@ -9,6 +9,7 @@ no implementation can avoid take part as a contender: the floor.
     python scripts/bench.py generate --batch 16
     python scripts/bench.py memory --tokens 1024 4096 16384
     python scripts/bench.py routing --config configs/quickstart/n16.yaml    # a trained run
+    python scripts/bench.py systems --config configs/cbtm/k01.yaml configs/cbtm/k16.yaml
     python scripts/bench.py clusters --vectors 10000 100000 1000000
 
 --reference names any file that offers MonetConfig and MonetForCausalLM; it may run in another
@@ -37,6 +38,7 @@ CASES = {
     "purge": ("ours", "masked"),
     "memory": ("ours", "plain loss"),
     "routing": ("ours", "one model", "all models"),
+    "systems": (),  # the runs of --config, the first of which the others are compared with
     "clusters": ("ours", "scikit-learn"),
 }
 OLMOE_EXPERTS, OLMOE_ACTIVE = 64, 8
@@ -134,7 +136,9 @@ def make_step(kind: str, case: str, size: dict[str, Any]) -> Callable[[], None]:
     if kind == "products":
         return products_step(size)
     if case == "routing":
-        return routing_step(kind, size)
+        return routing_step(kind, size, size["config"][0])
+    if case == "systems":
+        return routing_step("ours", size, kind)
     if case == "clusters":
         return clusters_step(kind, size)
     model = build_model(kind, size)
@@ -196,8 +200,8 @@ def compile_options() -> dict[str, Any]:
     return {"cache_implementation": "static", "compile_config": compiled}
 
 
-def routing_step(kind: str, size: dict[str, Any]) -> Callable[[], None]:
-    """Scores of a run's test rows: routed token by token (router included), by one of its models,
+def routing_step(kind: str, size: dict[str, Any], config: str) -> Callable[[], None]:
+    """Scores of a config's run on test rows: routed token by token (router included), by one of its models,
     by all of them."""
     sys.path.insert(0, str(ROOT))
     import numpy as np
@@ -211,7 +215,7 @@ def routing_step(kind: str, size: dict[str, Any]) -> Callable[[], None]:
     from tiered.router import load_models, load_router, run_models, tiered_model
     from tiered.scoring import score_rows
 
-    config = load(size["config"])
+    config = load(config)
     data, partitions = ProcessedData(config), make_partition_map(config)
     router = load_router(config.run_dir / "router", "python train_det_router.py CONFIG")
     model = tiered_model(
@@ -399,25 +403,29 @@ def race(case: str, kinds: list[str], size: dict[str, Any], rounds: int, python:
     return rows
 
 
-def print_rows(title: str, rows: list[dict], tokens: int) -> None:
-    """A Markdown table: seconds, ratio to ours, tokens per second, memory."""
+def print_rows(title: str, rows: list[dict], made: int) -> None:
+    """A Markdown table: seconds, ratio to the first, what was made per second (0: not counted),
+    memory."""
     print(f"\n{title}\n")
-    print("| contender | ms | time / ours | tokens per s | spread | peak GB | peak / ours |")
+    first = "ours" if rows[0]["contender"] == "ours" else "first"
+    header = f"| contender | ms | time / {first} | per s | spread | peak GB | peak / {first} |"
+    print(header)
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         print(
             f"| {row['contender']} | {1e3 * row['seconds']:.1f} | {row['time_ratio']:.2f} |"
-            f" {tokens / row['seconds']:,.0f} | {row['spread']:.0%} |"
+            f" {f'{made / row["seconds"]:,.0f}' if made else ''} | {row['spread']:.0%} |"
             f" {row['peak_bytes'] / 1e9:.2f} | {row['memory_ratio']:.2f} |"
         )
 
 
 def title_of(given: argparse.Namespace, tokens: int) -> tuple[str, int]:
-    """What a race was about, and how many tokens (clusters: vectors) one turn handles."""
+    """What a race was about, and how many tokens (clusters: vectors) one turn handles (0: as many
+    as the run has)."""
     if given.case == "clusters":
         return f"clusters: {tokens:,} vectors", tokens
-    if given.case == "routing":
-        return f"routing: {given.config}, {given.rows} rows per domain", given.rows
+    if given.case in ("routing", "systems"):
+        return f"{given.case}: {' '.join(given.config)}, {given.rows} rows per domain", 0
     made = given.batch * given.new_tokens if given.case == "generate" else tokens
     size = f"hidden {given.hidden}, {given.experts} experts, vocabulary {given.vocab:,}"
     return f"{given.case}: {made:,} tokens, {size}", made
@@ -438,8 +446,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each")
     parser.add_argument("--decompose", default="vertical", choices=("vertical", "horizontal"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--config", help="routing: the config of a trained run")
-    parser.add_argument("--rows", type=int, default=64, help="routing: rows per domain, default 64")
+    parser.add_argument("--config", nargs="+", help="routing, systems: configs of trained runs")
+    parser.add_argument("--rows", type=int, default=64, help="of each domain there, default 64")
     parser.add_argument("--vectors", type=int, nargs="+", default=[100_000], help="clusters: N")
     parser.add_argument("--only", nargs="+", help="contenders; ours is always the first")
     parser.add_argument("--reference", type=Path, help="a file that offers another Monet")
@@ -457,11 +465,13 @@ def main() -> None:
     kinds = list(CASES[given.case])
     if given.only:
         kinds = ["ours", *(k for k in given.only if k != "ours")]
-    known = {kind for case in CASES.values() for kind in case}
+    if given.case in ("routing", "systems") and not given.config:
+        raise SystemExit(f"bench.py: {given.case}: --config CONFIG of a trained run is needed")
+    if given.case == "systems":
+        kinds = given.config
+    known = {*(given.config or ())} | {kind for case in CASES.values() for kind in case}
     if unknown := set(kinds) - known:
         raise SystemExit(f"bench.py: --only: {', '.join(unknown)}: not one of {', '.join(known)}")
-    if given.case == "routing" and not given.config:
-        raise SystemExit("bench.py: routing: --config CONFIG of a trained run is needed")
     if given.case == "clusters":
         given.tokens, given.length = given.vectors, 1
     if any(tokens % given.length for tokens in given.tokens):

@@ -51,8 +51,9 @@ def card(config: Config, run: Path, model: Any) -> str:
         f" trained apart from one another (partition method `{config.partition.method}`). Each"
         " token is predicted by the model of the partition that the text so far is nearest to.",
         "",
-        "    from transformers import AutoModelForCausalLM",
+        "    from transformers import AutoModelForCausalLM, AutoTokenizer",
         "    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
+        "    tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)",
         "    model.remove_partition(3)                             # delete a partition",
         "    model.generate(ids, allowed_partitions=[0, 1])        # or forbid it to a request",
         "",
