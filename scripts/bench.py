@@ -201,8 +201,8 @@ def compile_options() -> dict[str, Any]:
 
 
 def routing_step(kind: str, size: dict[str, Any], config: str) -> Callable[[], None]:
-    """Scores of a config's run on test rows: routed token by token (router included), by one of its models,
-    by all of them."""
+    """Scores of a config's run on test rows: routed token by token (router included), by one of
+    its models, by all of them."""
     sys.path.insert(0, str(ROOT))
     import numpy as np
     import torch
@@ -412,9 +412,10 @@ def print_rows(title: str, rows: list[dict], made: int) -> None:
     print(header)
     print("|---|---|---|---|---|---|---|")
     for row in rows:
+        rate = f"{made / row['seconds']:,.0f}" if made else ""
         print(
             f"| {row['contender']} | {1e3 * row['seconds']:.1f} | {row['time_ratio']:.2f} |"
-            f" {f'{made / row["seconds"]:,.0f}' if made else ''} | {row['spread']:.0%} |"
+            f" {rate} | {row['spread']:.0%} |"
             f" {row['peak_bytes'] / 1e9:.2f} | {row['memory_ratio']:.2f} |"
         )
 
