@@ -14,6 +14,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from tests.conftest import brute_ngrams, run_stages
 from tiered.clusters import (
     document_vectors,
+    fit_clusters,
     term_code,
     term_reader,
     terms_of,
@@ -203,6 +204,23 @@ def test_a_map_fitted_without_the_domain_is_another_gold(run, tmp_path_factory):
     assert word.startswith("not applicable: partition.n: cluster") and "no training block" in word
     other = read_json(folder / "runs/n4/unlearn/hi/gold-recluster/metrics.json")
     assert other["result"] == "not applicable: the map was not fitted to data"
+
+
+def test_a_fit_is_of_the_first_documents_and_chunks_change_nothing(run, monkeypatch):
+    config, data = run
+    router, _ = load_router(config.run_dir / "router", "")
+    some = load(Path("configs/k4.yaml"), ("partition.fit_documents=5",))
+    clusters, labels = fit_clusters(some, data, router.embedder)
+    assert {d: len(v) for d, v in labels.items()} == dict.fromkeys(data.domains, 5)
+    whole = document_vectors(config, router.embedder, data.documents("en", "train"))
+    monkeypatch.setattr("tiered.clusters.CHUNK_TOKENS", 300)
+    parts = document_vectors(config, router.embedder, data.documents("en", "train"))
+    assert np.allclose(whole, parts, atol=1e-6)
+    first = document_vectors(config, router.embedder, data.documents("en", "router"))[:5]
+    means = [first[labels["en"] == k].mean(0) for k in range(4) if (labels["en"] == k).any()]
+    # five of each of four languages in four clusters: English has one to itself
+    assert len(means) == 1
+    assert np.abs(clusters.centres - means[0]).max(1).min() < 1e-5
 
 
 def test_another_config_is_told_to_cluster_anew(run):

@@ -5,6 +5,7 @@ nearest centre. runs/<experiment>/partition/clusters/ holds it: centres.safetens
 labels/<domain>/<split>.safetensors (see `partition.ClusterLabels`), clusters.json.
 """
 
+import itertools
 import re
 import time
 from collections import Counter
@@ -108,7 +109,7 @@ def top_terms(
     chosen: list[list[str]] = [[] for _ in range(n)]
     for domain in sorted(labels):
         done = 0
-        for chunk in _chunks(data.documents(domain, "router", config.router.tokens_per_domain)):
+        for chunk in _chunks(fitted_documents(config, data, domain)):
             own = labels[domain][done : done + len(chunk)]
             present = (_counts(reader, chunk) > 0).astype(np.float64)
             onto = scipy.sparse.csr_matrix(
@@ -215,12 +216,25 @@ def _counts(embedder: TfidfEmbedder, documents: list[np.ndarray]) -> scipy.spars
     return counts
 
 
-@torch.inference_mode()
+def fitted_documents(config: Config, data: ProcessedData, domain: str) -> Iterator[np.ndarray]:
+    """A domain's documents that clusters are fitted on: the first of its router split."""
+    found = data.documents(domain, "router", config.router.tokens_per_domain)
+    return itertools.islice(found, config.partition.fit_documents)
+
+
 def document_vectors(
     config: Config, embedder: nn.Module, documents: Iterator[np.ndarray]
 ) -> np.ndarray:
     """Unit vectors (documents, D) float32; the transformer reads a document's first block."""
-    device, parts = device_of(config), []
+    parts = list(vector_chunks(config, embedder, documents))
+    return np.concatenate(parts) if parts else np.zeros((0, 1), dtype=np.float32)
+
+
+def vector_chunks(
+    config: Config, embedder: nn.Module, documents: Iterator[np.ndarray]
+) -> Iterator[np.ndarray]:
+    """As `document_vectors`, a chunk of documents at a time."""
+    device = device_of(config)
     embedder = embedder.to(device)
     reads = config.data.block_size if config.router.embedder == "transformer" else None
     for chunk in _chunks(d[:reads] for d in documents):
@@ -228,22 +242,20 @@ def document_vectors(
         found = torch.zeros(len(chunk), 0)
         for rows in np.array_split(order, max(1, len(order) // config.router.batch_rows)):
             ids, mask = _padded([chunk[i] for i in rows])
-            part = embedder.row_embeddings(ids.to(device), mask.to(device)).float().cpu()
+            with torch.inference_mode():
+                part = embedder.row_embeddings(ids.to(device), mask.to(device)).float().cpu()
             if not found.shape[1]:
                 found = torch.zeros(len(chunk), part.shape[1])
             found[torch.from_numpy(rows)] = part
-        parts.append(nn.functional.normalize(found, dim=-1).numpy())
-    return np.concatenate(parts) if parts else np.zeros((0, 1), dtype=np.float32)
+        yield nn.functional.normalize(found, dim=-1).numpy()
 
 
 def fit_clusters(
     config: Config, data: ProcessedData, embedder: nn.Module
 ) -> tuple[Clusters, dict[str, np.ndarray]]:
-    """Balanced clusters of the present router-split documents, and each domain's labels."""
+    """Balanced clusters of the present domains' documents, and each domain's labels."""
     vectors = {
-        domain: document_vectors(
-            config, embedder, data.documents(domain, "router", config.router.tokens_per_domain)
-        )
+        domain: document_vectors(config, embedder, fitted_documents(config, data, domain))
         for domain in sorted(data.domains)
     }
     total, n = sum(map(len, vectors.values())), config.partition.n
@@ -276,8 +288,9 @@ def write_clusters(
             for split in SPLITS:
                 labels = fitted[domain]
                 if split != "router":
-                    vectors = document_vectors(config, embedder, data.documents(domain, split))
-                    labels = nearest(vectors, clusters.centres) if len(vectors) else labels[:0]
+                    chunks = vector_chunks(config, embedder, data.documents(domain, split))
+                    found = [nearest(vectors, clusters.centres) for vectors in chunks]
+                    labels = np.concatenate([labels[:0], *found])
                 if split == "train":
                     counts[domain] = np.bincount(labels, minlength=n).tolist()
                     lengths = [len(d) + 1 for d in data.documents(domain, split)]
@@ -298,7 +311,7 @@ def write_clusters(
 def _write_labels(
     folder: Path, domain: str, split: str, ids: list[str], labels: np.ndarray
 ) -> None:
-    """Labels of a split's documents (those beyond a token limit have none), sorted by id hash."""
+    """Labels of a split's documents (router: those that were fitted), sorted by id hash."""
     hashes = id_hashes(ids[: len(labels)])
     order = np.argsort(hashes, kind="stable")
     arrays = {"ids": hashes[order], "labels": labels[order].astype(np.int16)}

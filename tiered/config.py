@@ -166,6 +166,12 @@ class PartitionConfig:
         (), "partitions this call trains; empty: all, one after another", low=0
     )
     seed: int = opt(0, "seed of random_language, random and cluster", low=0)
+    fit_documents: int = opt(
+        100_000,
+        "router-split documents per domain that clusters are fitted on, at most (their vectors are"
+        " held); others go to the nearest centre",
+        low=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,7 @@ class RouterConfig:
     tfidf_min_df: int = opt(2, "documents that must hold an n-gram of tfidf, at least", low=1)
     tfidf_dimensions: int = opt(100, "dimensions kept by the SVD of tfidf", low=1)
     tfidf_documents: int = opt(
-        20_000, "documents per domain that the SVD of tfidf is fitted on, at most", low=1
+        2000, "documents per domain that the SVD of tfidf is fitted on, at most (all held)", low=1
     )
     scope: str = opt("token", "routing used outside of eval", choices=("oracle", "token", "sample"))
     context_tokens: int = opt(32, "tokens that decide sample routing", low=1)

@@ -15,7 +15,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from tiered.clusters import document_vectors, fit_tfidf, write_clusters
+from tiered.clusters import document_vectors, fit_tfidf, fitted_documents, write_clusters
 from tiered.config import SPLITS, Config, plain
 from tiered.data import ProcessedData
 from tiered.modeling_tiered import (
@@ -235,11 +235,10 @@ def _cluster_router(
     router = Level1Router(level1_config(config, data), partitions.n, partitions.n)
     load_embedder(router, embedder)
     router.eval()
-    limit = config.router.tokens_per_domain
     sums = torch.zeros(router.centroids.shape, dtype=torch.float64)
     counts = torch.zeros(partitions.n, dtype=torch.long)
     for domain in sorted(data.domains):
-        documents = data.documents(domain, "router", limit)
+        documents = fitted_documents(config, data, domain)
         vectors = torch.from_numpy(document_vectors(config, router.embedder, documents)).double()
         labels = partitions.assign(domain, data.document_ids(domain, "router")[: len(vectors)])
         labels = torch.from_numpy(labels)
@@ -275,7 +274,8 @@ def cluster_inputs(config: Config, data: ProcessedData) -> str:
     """Hash of what config and data say of a cluster map, environment and code apart."""
     splits = {d: [data.split_hash(d, s) for s in SPLITS] for d in data.domains}
     section = config.partition
-    return digest([embedder_inputs(config, data), section.n, section.seed, splits])
+    chosen = [section.n, section.seed, section.fit_documents]
+    return digest([embedder_inputs(config, data), chosen, splits])
 
 
 def _centroid_groups(
