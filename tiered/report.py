@@ -39,6 +39,7 @@ class Run:
     config: dict[str, Any]
     utility: dict[str, Any]
     unlearning: dict[str, Any]
+    short_name: str = ""
 
     @property
     def name(self) -> str:
@@ -61,7 +62,18 @@ class Run:
 
     @property
     def label(self) -> str:
-        return f"n = {self.n} ({self.config['partition']['method']})"
+        """n and partition method, or the name where several runs of a report share those."""
+        return self.short_name or f"n = {self.n} ({self.config['partition']['method']})"
+
+
+def tell_apart(runs: list[Run]) -> None:
+    """Give runs that share a label their names instead, without what all names begin with."""
+    labels = [run.label for run in runs]
+    if len(set(labels)) < len(labels):
+        prefix = runs[0].name.split("-")[0] + "-"
+        shared = all(run.name.startswith(prefix) for run in runs)
+        for run in runs:
+            run.short_name = run.name.removeprefix(prefix) if shared else run.name
 
 
 def load_run(folder: Path) -> Run:
@@ -213,10 +225,15 @@ def term_table(run: Run) -> list[dict[str, str]]:
                 "cluster": str(k),
                 "training documents": cell(int(counts[:, k].sum())),
                 "from": " ".join(f"{domains[i]}:{counts[i, k]}" for i in order if counts[i, k]),
-                "top terms": " ".join(f"\u201c{term}\u201d" for term in terms),
+                "top terms": " ".join(f"“{_visible(term)}”" for term in terms),
             }
         )
     return rows
+
+
+def _visible(term: str) -> str:
+    """A term on one line, and safe in a Markdown table."""
+    return term.replace("\n", "⏎").replace("\t", "⇥").replace("|", "\\|")
 
 
 def _clusters(run: Run) -> dict[str, Any] | None:
@@ -380,38 +397,43 @@ def _html_table(rows: list[dict[str, str]]) -> str:
 
 
 def plot_utility(runs: list[Run]) -> plt.Figure:
-    """Bits per byte against n, one line per routing scope, the unigram above."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    """Bits per byte of every run under every routing scope, and the unigram's: lines against n, or
+    one row per run where several have one n."""
     runs = sorted(runs, key=lambda r: r.n)
-    positions = np.arange(len(runs))
+    rows = len({r.n for r in runs}) < len(runs)
+    size = (7.5, 1.5 + 0.32 * len(runs)) if rows else (6, 4)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    places = range(len(runs))
+    lines: dict[str, tuple[dict[str, Any], list[float]]] = {}
     for scope, (marker, line) in MARKERS.items():
-        points = [
-            (x, r.utility["macro"][scope]["bpb"])
-            for x, r in enumerate(runs)
-            if isinstance(r.utility["macro"].get(scope), dict)
-        ]
-        if points:
-            axes.plot(
-                *zip(*points, strict=True),
-                marker=marker,
-                ls=line,
-                color="black",
-                mfc="white",
-                label=f"{scope} routing",
-            )
-    macros = [r.utility["macro"][r.scope] for r in runs]
-    axes.plot(
-        positions,
-        [math.nan if isinstance(m, str) else m["unigram_bpb"] for m in macros],
-        color="gray",
-        ls="-.",
-        label="unigram of the domain",
-    )
-    axes.set_xticks(positions, [r.label for r in runs])
-    axes.set_ylabel("test loss, macro mean (bits per byte)")
-    axes.set_xlabel("number of strict partitions (partition method)")
-    axes.legend()
+        style = {"marker": marker, "ls": "" if rows else line, "color": "black", "mfc": "white"}
+        figures = [r.utility["macro"].get(scope) for r in runs]
+        lines[f"{scope} routing"] = style, [_bpb(f, "bpb") for f in figures]
+    style = {"color": "gray", "marker": "|" if rows else "", "ls": "" if rows else "-."}
+    own = [r.utility["macro"][r.scope] for r in runs]
+    lines["unigram of the domain"] = style, [_bpb(f, "unigram_bpb") for f in own]
+    for label, (style, values) in lines.items():
+        if not all(math.isnan(v) for v in values):
+            points = (values, places) if rows else (places, values)
+            axes.plot(*points, label=label, **style)
+    labels = [r.label for r in runs]
+    if rows:
+        axes.set_yticks(places, labels)
+        axes.invert_yaxis()
+        axes.grid(axis="y", color="lightgray", lw=0.6)
+        axes.set_xlabel("test loss, macro mean (bits per byte)")
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    else:
+        axes.set_xticks(places, labels)
+        axes.set_ylabel("test loss, macro mean (bits per byte)")
+        axes.set_xlabel("number of strict partitions (partition method)")
+        axes.legend()
     return figure
+
+
+def _bpb(figures: Any, name: str) -> float:
+    """A figure of a macro entry; NaN where a word stands for it."""
+    return figures[name] if isinstance(figures, dict) else math.nan
 
 
 def removal_cost(run: Run, given_router: bool) -> list[float]:
@@ -498,31 +520,37 @@ def plot_routing(runs: list[Run]) -> plt.Figure:
 
 
 def plot_mixtures(runs: list[Run]) -> plt.Figure | None:
-    """Bits per byte of distance mixtures: against how many models are mixed, and against T."""
+    """What distance mixtures change against the run's own top-1: by how many models are mixed, and
+    by T."""
     runs = [r for r in runs if r.n > 1 and "mixtures" in r.utility]
     if not runs:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     styles = [(m, ls) for ls in ("-", "--", ":") for m in "os^Dv"]
     temperature = _middle_temperature(runs)
     for run, (marker, line) in zip(runs, styles * len(runs), strict=False):
         style = {"marker": marker, "ls": line, "color": "black", "mfc": "white", "ms": 5, "lw": 1}
         by_count, by_heat = [], []
-        for settings, bpb in _distance_mixtures(run):
+        found = _distance_mixtures(run)
+        single = [bpb for settings, bpb in found if settings["top_k"] == 1]
+        for settings, bpb in found if single else []:
+            change = 100 * (bpb / single[0] - 1)
             count, heat = settings["top_k"], settings["temperature"]
             if count == 1 or heat == temperature:
-                by_count.append((count or run.n, bpb))
+                by_count.append((min(count or run.n, run.n), change))
             if not count:
-                by_heat.append((heat, bpb))
+                by_heat.append((heat, change))
         for axes, points in ((left, by_count), (right, by_heat)):
             if points:
-                axes.plot(*zip(*sorted(points), strict=True), label=run.label, **style)
+                axes.plot(*zip(*sorted(set(points)), strict=True), label=run.label, **style)
     left.set_xscale("log", base=2)
     left.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
     left.set_xlabel(f"partition models mixed (the nearest), T = {temperature:g}")
     right.set_xscale("log")
     right.set_xlabel("temperature T of all models' weights")
-    left.set_ylabel("test loss, macro mean (bits per byte)")
+    for axes in (left, right):
+        axes.axhline(0, color="gray", lw=0.8)
+        axes.set_ylabel("test loss against the run's own top-1 (%)")
     right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
 
@@ -639,6 +667,7 @@ th{background:#eee}.scroll{overflow-x:auto;margin:1rem 0}img{max-width:100%}
 def build(folders: list[Path], output: Path) -> Path:
     """Write the report of runs into a folder; returns the page."""
     runs = sorted((load_run(folder) for folder in folders), key=lambda r: (r.n, r.name))
+    tell_apart(runs)
     tables = {
         "Sizes": size_table(runs),
         "Utility (macro over domains)": macro_table(runs),
