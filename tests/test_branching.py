@@ -11,12 +11,19 @@ import torch
 
 from tests.conftest import run_stages
 from tiered import branching
-from tiered.config import Config, ModelConfig, load
+from tiered.config import Config, ModelConfig, TrainingConfig, load
 from tiered.data import ProcessedData
 from tiered.methods import MODELS
 from tiered.partition import make_partition_map
 from tiered.store import UserError, read_json
-from tiered.training import partition_blocks, seed_inputs, trained_rows
+from tiered.training import (
+    Fit,
+    fit,
+    partition_blocks,
+    seed_inputs,
+    trained_rows,
+    training_arguments,
+)
 
 DATA = types.SimpleNamespace(vocab_size=40, pad_id=0, separator_id=1)
 IDS = torch.randint(2, 40, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -92,6 +99,36 @@ def test_dropout_acts_on_blocks_in_training_alone(kind):
     dropped = outputs["now"] == 0  # the first block reads embeddings, which are never dropped
     assert dropped.float().mean().item() == pytest.approx(share, abs=0.05)
     assert torch.allclose(outputs["now"][~dropped], intact[~dropped] / (1 - share), atol=1e-6)
+
+
+def test_dropout_goes_on_where_a_killed_run_stopped(tmp_path, monkeypatch):
+    """Its random numbers are part of the resume state: the same weights, to the last bit."""
+    blocks = np.random.default_rng(0).integers(2, 40, (24, 12)).astype(np.int32)
+    section = TrainingConfig(save_steps=2, logging_steps=1, per_device_train_batch_size=2)
+    config = Config(name="x", device="cpu", threads=1, training=section)
+
+    def make(share: float = 0.2):
+        model = made("llama")
+        branching.add_dropout(model, share)
+        return model
+
+    def train(name: str, **options) -> bytes:
+        job = Fit(tmp_path / name, name, 0, training_arguments(config, 1.0), 1.0)
+        fit(config, job, lambda: make(**options), blocks, lambda model, path: {})
+        return (job.folder / "model.safetensors").read_bytes()
+
+    whole = train("whole")
+    with monkeypatch.context() as patch:
+
+        def stop(self, args, state, control, logs=None, **kwargs):
+            if state.global_step == 7:
+                raise KeyboardInterrupt
+
+        patch.setattr("tiered.training.LossGuard.on_log", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train("killed")
+    assert train("killed") == whole
+    assert train("none", share=0.0) != whole
 
 
 def test_parameters_computed_per_token_leave_out_what_is_not_read():

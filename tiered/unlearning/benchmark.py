@@ -56,6 +56,11 @@ def open_run(config: Config) -> Context:
                 f"{key}.num_train_epochs: below 1 some members were never trained on; unlearning"
                 " is measured after at least one whole pass"
             )
+    if config.training.split != "train":
+        raise UserError(
+            f"training.split: {config.training.split} is trained on, but members are rows of the"
+            " train split; unlearning is measured after training on that"
+        )
     if not config.unlearn.forget:
         raise UserError("unlearn.forget: name at least one forget domain, e.g. unlearn.forget=hi")
     for name in config.unlearn.forget:
