@@ -11,6 +11,7 @@ The folder needs torch and transformers, not this project.
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from tiered.router import (  # noqa: E402
     run_models,
     tiered_model,
 )
-from tiered.store import UserError, read_json, write_text  # noqa: E402
+from tiered.store import TOKENIZER_RECORD, UserError, read_json, write_text  # noqa: E402
 
 
 def card(config: Config, run: Path, model: Any) -> str:
@@ -136,6 +137,7 @@ def export(run: Path, out: Path) -> None:
     model = tiered_model(config, partitions, router, load_models(folders)).cpu()
     model.save_pretrained(out)
     data.tokenizer.save_pretrained(out)
+    shutil.copy(data.folder / "tokenizer" / TOKENIZER_RECORD, out)
     write_text(out / "README.md", card(config, run, model))
 
 

@@ -26,12 +26,18 @@ from tiered.store import UserError, write_text  # noqa: E402
 
 def snippets(data: ProcessedData, split: str, rows: int, tokens: int) -> list[dict[str, str | int]]:
     """The beginnings of `rows` documents of every domain, domains taking turns."""
+    if min(rows, tokens) < 1:
+        raise UserError("--rows and --tokens must be at least 1")
     by_domain = []
     for label, domain in enumerate(data.domains):
         found = data.rows(domain, split, rows).input_ids[:, :tokens]
         texts = [" ".join(data.tokenizer.decode(ids).split()) for ids in found]
+        if len(texts) < rows:
+            raise UserError(
+                f"--rows: domain {domain} has {len(texts)} rows in split {split}, not {rows}"
+            )
         by_domain.append([{"text": text, "label": label} for text in texts])
-    return [row for turn in zip(*by_domain, strict=False) for row in turn]
+    return [row for turn in zip(*by_domain, strict=True) for row in turn]
 
 
 def write_task(config: Config, out: Path, rows: int, tokens: int) -> Path:

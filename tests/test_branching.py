@@ -73,6 +73,32 @@ def test_a_copy_is_bit_identical_and_another_shape_is_refused(kind, tmp_path):
         branching.initialise(made(kind, vocab_size=44), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "seed, model, message",
+    [
+        ({"num_attention_heads": 4}, {}, "has num_attention_heads 4, the model section 2"),
+        ({"rope_theta": 5e5}, {}, "has rope_parameters .*500000"),
+        ({"tie_word_embeddings": True}, {}, "has tie_word_embeddings True"),
+        ({"type": "monet"}, {}, "is a monet, model.type a llama"),
+        ({"num_hidden_layers": 1}, {"type": "mixtral"}, "has nothing for model.layers.1"),
+    ],
+)
+def test_a_copy_that_would_be_another_function_is_refused(tmp_path, seed, model, message):
+    made(**{"kind": seed.pop("type", "llama"), **seed}).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        branching.initialise(made(**{"kind": model.pop("type", "llama"), **model}), tmp_path)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    made("llama").save_pretrained(tmp_path / "0")
+    config = Config(name="x", model=ModelConfig(init_from=str(tmp_path)))
+    with pytest.raises(UserError, match="holds no model"):
+        branching.outside_hash(config)
+    (tmp_path / "0/config.json").write_text("{}")
+    with pytest.raises(UserError, match="is no model that loads"):
+        branching.initialise(made("llama"), tmp_path / "0")
+
+
 @pytest.mark.parametrize("kind", ["monet", "llama", "mixtral"])
 def test_dropout_acts_on_blocks_in_training_alone(kind):
     model, share = made(kind), 0.25
@@ -270,6 +296,9 @@ def test_deletion_knows_what_the_seed_lm_saw(branched):
     assert gold["rebuilt"] == ["router", "seed_lm", "model/0", "model/1"] and gold["exact"]
     retrained = read_json(branched / "runs/b2/unlearn/hi/gold/system/models/1/record.json")
     assert retrained["seed"]["domains"] == ["de", "en", "si"]
+    # what trained the tokenizer goes with every model
+    record = read_json(branched / "runs/b2/models/0/tokenizer_record.json")
+    assert sorted(record["trained_on"]) == ["de", "en", "hi", "si"]
     # a seed LM from outside stays as it is, in gold too: exact given it
     assert result("o2", "sisa")["exact"]
     assert result("o2", "sisa")["exact_given"] == ["tokenizer", "seed_lm"]

@@ -15,6 +15,7 @@ from tests.conftest import brute_ngrams, run_stages
 from tiered.clusters import (
     document_vectors,
     fit_clusters,
+    fit_tfidf,
     term_code,
     term_reader,
     terms_of,
@@ -221,6 +222,13 @@ def test_a_fit_is_of_the_first_documents_and_chunks_change_nothing(run, monkeypa
     # five of each of four languages in four clusters: English has one to itself
     assert len(means) == 1
     assert np.abs(clusters.centres - means[0]).max(1).min() < 1e-5
+
+
+def test_a_fit_without_terms_is_one_line(run):
+    config, data = run
+    none = load(Path("configs/k4.yaml"), ("router.tfidf_min_df=5000",))
+    with pytest.raises(UserError, match="terms in the router split, found 42 and 0"):
+        fit_tfidf(none, level1_config(config, data), data, list(data.domains))
 
 
 def test_another_config_is_told_to_cluster_anew(run):

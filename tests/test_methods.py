@@ -36,6 +36,15 @@ def test_ablations_reach_the_model():
     assert horizontal.model.layers[0].moe.v.weight.shape == (24, 16 * 8)
 
 
+@pytest.mark.parametrize("kind", ["monet", "llama", "mixtral"])
+def test_head_counts_that_do_not_divide_are_one_line(kind):
+    make = MODELS[kind].config_from
+    with pytest.raises(UserError, match=r"24 is not a multiple of model.num_attention_heads .5"):
+        make(section(type=kind, num_attention_heads=5), DATA)
+    with pytest.raises(UserError, match="num_key_value_heads: 3 does not divide"):
+        make(section(type=kind, num_attention_heads=4, num_key_value_heads=3), DATA)
+
+
 def test_a_smaller_vocabulary_than_the_tokenizer_is_refused():
     with pytest.raises(UserError, match=r"model\.vocab_size: 39 is smaller than the tokenizer"):
         monet_config(section(vocab_size=39), DATA)

@@ -307,6 +307,45 @@ def test_routing_to_nothing_is_refused(router):
         model(ids(), scope="oracle", partition=1)
 
 
+@pytest.mark.parametrize("analyzer", ["char", "word"])
+def test_any_bytes_give_the_terms_of_what_python_decodes(analyzer):
+    """Overlong forms, surrogates, stray bytes; and no bytes at all."""
+    config = Level1Config(
+        "tfidf", vocab_size=256, tfidf_token_bytes=1, tfidf_analyzer=analyzer, tfidf_stop_words=0
+    )
+    embedder = TfidfEmbedder(config)
+    embedder.token_bytes[:, 0] = torch.arange(256)
+    if analyzer == "word":
+        for letter in map(chr, range(0x800)):
+            if letter.isalnum():
+                embedder.word_characters[ord(letter)] = ord(letter)
+    generator = torch.Generator().manual_seed(0)
+    parts = [b"ab", b"z ", b"\xc3\xa9", b"\xc0\x83", b"\xf0\x80\xac\xac", b"\xed\xa0\x80"]
+    parts += [b"\xf5\x80\x80\x80", b"\xf8", b"\x80", b"\xe2\x82", b"\xf0\x9f\x98\x80", b"x"]
+    for _ in range(300):
+        order = torch.randint(0, len(parts), (6,), generator=generator).tolist()
+        raw = b"".join(parts[i] for i in order)
+        ids = torch.tensor(list(raw))
+        text = raw.decode("utf-8", "ignore")
+        again = torch.tensor(list(text.encode()), dtype=torch.long)
+        found, expected = (embedder.terms(t, torch.zeros_like(t))[0] for t in (ids, again))
+        assert sorted(found.tolist()) == sorted(expected.tolist())
+    for shape in ((1, 0), (0, 5)):
+        empty = torch.zeros(shape, dtype=torch.long)
+        assert embedder.prefix_embeddings(empty).shape == (*shape, 100)
+
+
+def test_wrong_centroids_and_unknown_partitions_change_nothing(router):
+    model = tiered(router)
+    with pytest.raises(ValueError, match="centroids: expected width"):
+        model.add_partition(monet(9), ["e"], torch.zeros(1, 3))
+    assert model.config.partitions == [["a"], ["b", "d"], ["c"]]
+    assert model.router.num_partitions == 3
+    for index in (-1, 9):
+        with pytest.raises(ValueError, match=f"there is no partition {index}"):
+            model(ids(), allowed_partitions=[0, index])
+
+
 @torch.inference_mode()
 def test_save_and_load_keep_every_bit(router, tmp_path):
     model = tiered(router)

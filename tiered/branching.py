@@ -16,12 +16,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from tiered.config import Config, PartitionConfig
 from tiered.data import ProcessedData
 from tiered.store import UserError, digest, read_json, tree_hashes
 
+FUNCTION = (  # fields that no shape of a weight shows
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters", "hidden_act"),
+    *("rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias"),
+    *("num_experts_per_tok", "moe_heads", "moe_topk", "moe_decompose", "moe_groups"),
+)
 SEED = "seed"  # the value of model.init_from that stands for this experiment's own seed LM
 
 
@@ -65,7 +75,8 @@ def document_interval(config: Config) -> tuple[float, float]:
 def places(document_ids: list[str]) -> np.ndarray:
     """A number in [0, 1) for every document, uniform, a function of its id alone."""
     digests = (hashlib.sha256(b"documents:" + i.encode()).digest()[:8] for i in document_ids)
-    return np.array([int.from_bytes(d, "big") / 2**64 for d in digests])
+    # 53 bits: what a float64 holds exactly, so no place rounds up to 1
+    return np.array([(int.from_bytes(d, "big") >> 11) / 2**53 for d in digests])
 
 
 def used(config: Config, document_ids: list[str]) -> np.ndarray | None:
@@ -95,8 +106,10 @@ def _outside(name: str) -> tuple[Path, str]:
     hashes = {
         n: h for n, h in tree_hashes(folder).items() if n.endswith(("config.json", "tensors"))
     }
-    if not any(n.endswith(".safetensors") for n in hashes):
-        raise UserError(f"model.init_from: {folder} holds no model (no .safetensors file)")
+    if "config.json" not in hashes or not list(folder.glob("*.safetensors")):
+        raise UserError(
+            f"model.init_from: {folder} holds no model (config.json and .safetensors files)"
+        )
     return folder, digest(hashes)
 
 
@@ -138,9 +151,14 @@ def check_tokenizer(folder: Path, data: ProcessedData) -> None:
 def initialise(model: PreTrainedModel, folder: Path) -> None:
     """Give a new model the weights of a seed LM: a copy, or (mixture of experts from a dense seed)
     sparse upcycling. UserError if their shapes differ."""
-    seed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    try:
+        seed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        text = " ".join(str(error).split())[:160]
+        raise UserError(f"model.init_from: {folder} is no model that loads ({text})") from None
+    check_function(seed.config, model.config, folder)
     state = seed.state_dict()
-    if (seed.config.model_type, model.config.model_type) == ("llama", "mixtral"):
+    if seed.config.model_type != model.config.model_type:
         state = upcycled(state, model)
     expected = {name: tuple(v.shape) for name, v in model.state_dict().items()}
     for name in sorted(expected.keys() | state.keys()):
@@ -151,6 +169,32 @@ def initialise(model: PreTrainedModel, folder: Path) -> None:
                 f" {expected.get(name, 'nothing')}"
             )
     model.load_state_dict(state)
+
+
+def check_function(seed: PreTrainedConfig, own: PreTrainedConfig, folder: Path) -> None:
+    """Raise UserError where equal weights would not make an equal function: another family (except
+    the dense seed of a mixture of experts), heads, rotary base, norms, experts per token."""
+    kinds = (seed.model_type, own.model_type)
+    if kinds[0] != kinds[1] and kinds != ("llama", "mixtral"):
+        raise UserError(f"model.init_from: {folder} is a {kinds[0]}, model.type a {kinds[1]}")
+    for name in FUNCTION:
+        if hasattr(seed, name) and hasattr(own, name):
+            theirs, ours = (_plain_rope(getattr(c, name)) for c in (seed, own))
+            if name == "head_dim":
+                theirs, ours = (_head_dim(c) for c in (seed, own))
+            if theirs != ours:
+                raise UserError(
+                    f"model.init_from: {folder} has {name} {theirs}, the model section {ours}"
+                )
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    return config.head_dim or config.hidden_size // config.num_attention_heads
+
+
+def _plain_rope(value: Any) -> Any:
+    """Rotary parameters without entries that say nothing."""
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 def upcycled(dense: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -165,10 +209,13 @@ def upcycled(dense: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str
         if part == "gate.weight":
             state[name] = own
         elif part == "experts.gate_up_proj":
-            halves = [state.pop(f"{block}.mlp.{half}_proj.weight") for half in ("gate", "up")]
-            state[name] = torch.cat(halves).expand(experts, -1, -1)
+            halves = [state.pop(f"{block}.mlp.{half}_proj.weight", None) for half in ("gate", "up")]
+            if all(half is not None for half in halves):
+                state[name] = torch.cat(halves).expand(experts, -1, -1)
         elif part == "experts.down_proj":
-            state[name] = state.pop(f"{block}.mlp.down_proj.weight").expand(experts, -1, -1)
+            down = state.pop(f"{block}.mlp.down_proj.weight", None)
+            if down is not None:
+                state[name] = down.expand(experts, -1, -1)
     return state
 
 

@@ -84,7 +84,8 @@ def term_code(term: str, analyzer: str) -> int:
 def terms_of(text: str, config: Level1Config) -> Iterator[str]:
     """All terms of a text, as `TfidfEmbedder.terms` reads them."""
     if config.tfidf_analyzer == "word":
-        for word in re.findall(r"\b\w\w+\b(?=.)", text.lower(), re.DOTALL):
+        lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+        for word in re.findall(r"\b\w\w+\b(?=.)", lower, re.DOTALL):
             if not (word[0].isdigit() or word in ENGLISH_STOP_WORDS):
                 yield word
         return
@@ -167,13 +168,13 @@ def fit_tfidf(
     idf = np.log((1 + documents) / (1 + frequency)) + 1
     idf[frequency < section.tfidf_min_df] = 0
     columns = np.flatnonzero(idf)
-    rows = normalize(scipy.sparse.vstack(kept)[:, columns].multiply(idf[columns]).tocsr())
-    dimensions = section.tfidf_dimensions
-    if min(rows.shape) <= dimensions:
+    held, dimensions = sum(part.shape[0] for part in kept), section.tfidf_dimensions
+    if min(held, len(columns)) <= dimensions:
         raise UserError(
             f"router.tfidf_dimensions: {dimensions} need more than {dimensions} documents and"
-            f" n-grams in the router split, found {rows.shape[0]} and {rows.shape[1]}"
+            f" terms in the router split, found {held} and {len(columns)}"
         )
+    rows = normalize(scipy.sparse.vstack(kept)[:, columns].multiply(idf[columns]).tocsr())
     seed = seed_of(config.seed, "tfidf", sorted(config.data.domains))
     svd = TruncatedSVD(dimensions, random_state=seed).fit(rows)
     projection = np.zeros((section.tfidf_buckets, dimensions), dtype=np.float32)

@@ -736,6 +736,10 @@ def _check_training(config: Config) -> None:
             "training.documents: two shares, the lower first, found"
             f" {', '.join(map(str, section.documents)) or 'none'}"
         )
+    if section.split != "train" and config.partition.method == "cluster":
+        raise UserError(
+            "training.split: a cluster's domains are counted in the train split; train on that"
+        )
     if config.model.init_from == "seed":
         if seed.split == section.split and not 0 < seed.share < 1:
             raise UserError(

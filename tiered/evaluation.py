@@ -323,6 +323,11 @@ class ExpertTable:
         }
 
 
+def stream_of(config: Config) -> str:
+    """The split whose rows make the cached prior: not the one that is scored."""
+    return "validation" if config.eval.split != "validation" else "test"
+
+
 def evaluate_mixtures(
     config: Config,
     data: ProcessedData,
@@ -336,7 +341,7 @@ def evaluate_mixtures(
     domains: dict[str, Any] = {}
     tables = []
     experts = {"domain": ExpertTable(), "cluster": ExpertTable()}
-    stream = "validation" if config.eval.split != "validation" else "test"
+    stream = stream_of(config)
     for domain in progress(data.domains, "mixtures", "domain"):
         rows = data.rows(domain, config.eval.split, config.eval.rows_per_domain)
         earlier = data.rows(domain, stream, config.eval.cached_rows)
@@ -397,7 +402,7 @@ def evaluation_key(
             "router": [content_hash(config.run_dir / "router"), plain(config.router)],
             "map": partitions.as_json()["hash"],
             "data": {
-                d: [data.split_hash(d, s) for s in ("train", config.eval.split)]
+                d: [data.split_hash(d, s) for s in ("train", config.eval.split, stream_of(config))]
                 for d in data.domains
             },
             "eval": plain(config.eval),

@@ -70,6 +70,16 @@ def _model_config(
             f" ({vocabulary} tokens)"
         )
     heads = section["num_attention_heads"]
+    if not section["head_dim"] and section["hidden_size"] % heads:
+        raise UserError(
+            f"model.hidden_size: {section['hidden_size']} is not a multiple of"
+            f" model.num_attention_heads ({heads})"
+        )
+    if heads % (section["num_key_value_heads"] or heads):
+        raise UserError(
+            f"model.num_key_value_heads: {section['num_key_value_heads']} does not divide"
+            f" model.num_attention_heads ({heads})"
+        )
     same = ("hidden_size", "num_hidden_layers", "rms_norm_eps", "initializer_range")
     values = {name: section[name] for name in (*same, "tie_word_embeddings")} | {
         "vocab_size": section["vocab_size"] or vocabulary,

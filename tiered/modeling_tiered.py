@@ -206,7 +206,7 @@ def similarities(prefixes: torch.Tensor, centroids: torch.Tensor, metric: str) -
 
 
 HASH_BASE, HASH_PRIME = 1_000_003, 2_147_483_629  # a prime below 2^31: int64 products stay exact
-WORD_TABLE, WORD_LENGTH, DIGIT = 0x20000, 64, 1 << 24
+WORD_TABLE, IDEOGRAPHS_END, WORD_LENGTH, DIGIT = 0x20000, 0x40000, 64, 1 << 24
 
 
 class TfidfEmbedder(PrefixEmbedder, nn.Module):
@@ -270,7 +270,11 @@ class TfidfEmbedder(PrefixEmbedder, nn.Module):
         for offset in range(1, 4):
             more = byte[(start + offset).clamp(max=max(0, len(byte) - 1))] & 0x3F
             character = torch.where(offset < width, (character << 6) | more, character)
-        return character, row[start], token[last]
+        # as Python decodes: no longer form than needed, no surrogates, nothing beyond U+10FFFF
+        least = character.new_tensor([0, 0x80, 0x800, 0x10000])[width - 1]
+        valid = (character >= least) & (character <= 0x10FFFF)
+        valid &= (character < 0xD800) | (character > 0xDFFF)
+        return character[valid], row[start][valid], token[last][valid]
 
     def _ngrams(
         self, character: torch.Tensor, row: torch.Tensor, end: torch.Tensor
@@ -291,7 +295,8 @@ class TfidfEmbedder(PrefixEmbedder, nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hash codes (M,) of all words, and the token (M,) whose character ends each."""
         known = self.word_characters[character.clamp(max=WORD_TABLE - 1)].long()
-        folded = torch.where(character < WORD_TABLE, known, character)
+        ideograph = character * (character < IDEOGRAPHS_END)  # beyond the table: planes 2 and 3
+        folded = torch.where(character < WORD_TABLE, known, ideograph)
         inside = folded > 0
         # one more place on either side: a word ends where the text does, too
         border = F.pad(inside, (1, 1))
@@ -321,7 +326,7 @@ class TfidfEmbedder(PrefixEmbedder, nn.Module):
         bucket, end = self.terms(input_ids.flatten()[place], place // input_ids.shape[1])
         added = self.projection.new_zeros(input_ids.numel(), self.projection.shape[1])
         added.index_add_(0, place[end], self.projection[bucket])
-        return added.view(*input_ids.shape, -1).cumsum(1)
+        return added.view(*input_ids.shape, self.projection.shape[1]).cumsum(1)
 
 
 class HashedNgrams(nn.Module):
@@ -636,6 +641,9 @@ class TieredForCausalLM(PreTrainedModel, GenerationMixin):
         usable = torch.zeros(len(self.config.partitions), dtype=torch.bool, device=input_ids.device)
         usable[self.present] = True
         if allowed_partitions is not None:
+            unknown = set(allowed_partitions) - set(range(len(usable)))
+            if unknown:
+                raise ValueError(f"allowed_partitions: there is no partition {min(unknown)}")
             keep = torch.zeros_like(usable)
             keep[list(allowed_partitions)] = True
             usable &= keep
@@ -819,6 +827,11 @@ class TieredForCausalLM(PreTrainedModel, GenerationMixin):
         if model.config.vocab_size != self.config.vocab_size:
             raise ValueError(
                 f"vocabularies differ: {model.config.vocab_size} and {self.config.vocab_size}"
+            )
+        if centroids.shape[1:] != self.router.centroids.shape[1:]:
+            raise ValueError(
+                f"centroids: expected width {self.router.centroids.shape[1]}, found"
+                f" {tuple(centroids.shape)}"
             )
         names = list(domains if centroid_domains is None else centroid_domains)
         if len(names) != len(centroids):

@@ -38,6 +38,7 @@ from tiered.data import (
     tokenizer_part,
 )
 from tiered.store import (
+    TOKENIZER_RECORD,
     UserError,
     atomic_folder,
     canonical_json,
@@ -101,7 +102,7 @@ def make_tokenizer(config: Config, pool: Executor | None = None) -> dict[str, An
     bpe = config.tokenizer.name == "bpe"
     if is_complete(folder) and not config.overwrite:
         verify(folder)
-        record = read_json(folder / "tokenizer_record.json")
+        record = read_json(folder / TOKENIZER_RECORD)
         if not bpe or not _training_text_changed(config, record["trained_on"]):
             return record
     tokenizer, trained_on = _new_tokenizer(config, pool)
@@ -110,7 +111,7 @@ def make_tokenizer(config: Config, pool: Executor | None = None) -> dict[str, An
     record = tokenizer_record(tokenizer, name) | {"trained_on": trained_on}
     with atomic_folder(folder) as temporary:
         tokenizer.save_pretrained(temporary)
-        write_json(temporary / "tokenizer_record.json", record)
+        write_json(temporary / TOKENIZER_RECORD, record)
     return record
 
 
@@ -121,7 +122,7 @@ def _new_tokenizer(config: Config, pool: Executor | None) -> tuple[Any, dict[str
         return fast_tokenizer(bytes_tokenizer()), trained_on
     if name != "bpe":
         # a tokenizer of this project's making still saw the text it once was trained on.
-        origin = Path(name) / "tokenizer_record.json"
+        origin = Path(name) / TOKENIZER_RECORD
         trained_on = read_json(origin)["trained_on"] if origin.is_file() else {}
         return load_tokenizer(name, config.tokenizer.revision), trained_on
     texts = []
@@ -328,7 +329,7 @@ def clean_domains(
 
 def clean_present_domains(config: Config, pool: Executor | None) -> None:
     """Cleaned text of the present domains, except those whose processed data is already there."""
-    record = processed_folder(config) / "tokenizer" / "tokenizer_record.json"
+    record = processed_folder(config) / "tokenizer" / TOKENIZER_RECORD
     tokenizer_hash = read_json(record)["hash"] if record.is_file() else ""
     domains = [d for d in config.present_domains if not domain_done(config, d, tokenizer_hash)]
     clean_domains(config, pool, domains, config.overwrite)

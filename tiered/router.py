@@ -111,7 +111,9 @@ def embedder_folder(config: Config, data: ProcessedData) -> Path | None:
     """The embedder's place in the store; None for `hashed_ngrams`, which has nothing to train."""
     if config.router.embedder == "hashed_ngrams":
         return None
-    key = digest([embedder_inputs(config, data), environment(config)])
+    code = ("clusters", "tokenization") if config.router.embedder == "tfidf" else ()
+    made_by = code_hash(*(f"tiered/{name}.py" for name in code))
+    key = digest([embedder_inputs(config, data), environment(config), made_by])
     return config.store_dir / "embedders" / key
 
 

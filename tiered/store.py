@@ -18,6 +18,7 @@ from typing import Any
 
 HASHES = "hashes.json"
 # What differs between two equal runs (time, memory, host, date) lives in this file alone.
+TOKENIZER_RECORD = "tokenizer_record.json"  # beside a tokenizer: which domains trained it
 TIMINGS = "timings.json"
 UNHASHED = (HASHES, TIMINGS)
 

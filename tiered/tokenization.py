@@ -8,7 +8,7 @@ import httpx2
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tiered.store import UserError, canonical_json, digest, read_json
+from tiered.store import TOKENIZER_RECORD, UserError, canonical_json, digest, read_json
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 TOKEN_FILTERS = ("unknown_tokens", "untokenizable")
@@ -119,7 +119,7 @@ class Encoder:
     """Token ids of a text with the UTF-8 bytes and characters under each token."""
 
     def __init__(self, folder: Path):
-        self.record = read_json(folder / "tokenizer_record.json")
+        self.record = read_json(folder / TOKENIZER_RECORD)
         self.backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.backend.no_padding()
         self.backend.no_truncation()

@@ -42,6 +42,7 @@ from tiered.record import (
 )
 from tiered.store import (
     TIMINGS,
+    TOKENIZER_RECORD,
     UserError,
     atomic_folder,
     digest,
@@ -389,8 +390,8 @@ def partition_blocks(
 def trained_rows(
     config: Config, data: ProcessedData, partitions: PartitionMap, domain: str
 ) -> np.ndarray:
-    """Documents (documents,) bool of the train split whose first row a partition model or the seed
-    LM was trained on."""
+    """Documents (documents,) bool of the train split whose first row stands in a block that a
+    partition model or the seed LM was trained on (repeats beyond the first do not count)."""
     ids = data.document_ids(domain, "train")
     found = np.zeros(len(ids), dtype=bool)
     jobs = [(config, partitions)]
@@ -530,6 +531,7 @@ def train_partition(
 
     def finish(model: PreTrainedModel, path: Path) -> dict[str, Any]:
         data.tokenizer.save_pretrained(path)
+        shutil.copy(data.folder / "tokenizer" / TOKENIZER_RECORD, path)  # what trained it
         return {"parameters": kind.card(model, blocks)}
 
     fit(config, job, make, blocks, finish)

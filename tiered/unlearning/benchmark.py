@@ -56,6 +56,11 @@ def open_run(config: Config) -> Context:
                 f"{key}.num_train_epochs: below 1 some members were never trained on; unlearning"
                 " is measured after at least one whole pass"
             )
+    if has_own_seed(config) and 0 < config.seed_lm.num_train_epochs < 1:
+        raise UserError(
+            "seed_lm.num_train_epochs: below 1 some members were never trained on; unlearning is"
+            " measured after at least one whole pass"
+        )
     if config.training.split != "train":
         raise UserError(
             f"training.split: {config.training.split} is trained on, but members are rows of the"

@@ -27,7 +27,7 @@ from tiered.metrics import (
 )
 from tiered.modeling_tiered import Level1Embedder, TieredForCausalLM
 from tiered.scoring import score_prefixes
-from tiered.store import seed_of
+from tiered.store import UserError, seed_of
 from tiered.training import trained_rows
 from tiered.unlearning.systems import Context
 
@@ -56,6 +56,13 @@ def scored_rows(context: Context, forget: str) -> ScoredRows:
         if domain == forget:
             rows["holdout", domain] = data.rows(domain, "holdout", count)
         rows["test", domain] = data.rows(domain, "test", count)
+    for (split, domain), found in rows.items():
+        if not found.document_ids:
+            kind = "member" if split == "train" else split
+            raise UserError(
+                f"unlearn.forget: domain {domain} has no {kind} row of {data.block_size} tokens;"
+                " lower data.block_size or give it more text"
+            )
     return rows
 
 
