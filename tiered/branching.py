@@ -103,9 +103,8 @@ def _outside(name: str) -> tuple[Path, str]:
                 f"model.init_from: {name!r} is neither `seed`, a folder nor a model that the hub"
                 f" gives ({' '.join(str(error).split())[:160]})"
             ) from None
-    hashes = {
-        n: h for n, h in tree_hashes(folder).items() if n.endswith(("config.json", "tensors"))
-    }
+    kept = ("config.json", ".safetensors")
+    hashes = {n: h for n, h in tree_hashes(folder).items() if n.endswith(kept)}
     if "config.json" not in hashes or not list(folder.glob("*.safetensors")):
         raise UserError(
             f"model.init_from: {folder} holds no model (config.json and .safetensors files)"

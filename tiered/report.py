@@ -494,10 +494,9 @@ def plot_tradeoff(runs: list[Run]) -> plt.Figure | None:
     return figure if axes.lines else None
 
 
-def plot_routing(runs: list[Run]) -> plt.Figure:
-    """Which partition each domain's test rows are routed to."""
-    runs = [r for r in sorted(runs, key=lambda r: r.n) if r.n > 1] or runs
-    widths = [max(4, r.n) for r in runs]
+def _heat_maps(runs: list[Run]) -> tuple[plt.Figure, list[plt.Axes]]:
+    """A figure with a panel per run, as wide as the run has partitions."""
+    widths = [max(4, run.n) for run in runs]
     figure, grid = plt.subplots(
         1,
         len(runs),
@@ -506,7 +505,14 @@ def plot_routing(runs: list[Run]) -> plt.Figure:
         layout="constrained",
         squeeze=False,
     )
-    for axes, run in zip(grid[0], runs, strict=True):
+    return figure, grid[0].tolist()
+
+
+def plot_routing(runs: list[Run]) -> plt.Figure:
+    """Which partition each domain's test rows are routed to."""
+    runs = [r for r in sorted(runs, key=lambda r: r.n) if r.n > 1] or runs
+    figure, panels = _heat_maps(runs)
+    for axes, run in zip(panels, runs, strict=True):
         counts = np.array(run.utility["routing"]["confusion"], dtype=float)
         share = counts / counts.sum(1, keepdims=True)
         image = axes.imshow(share, cmap="Greys", vmin=0, vmax=1, aspect="auto")
@@ -514,8 +520,8 @@ def plot_routing(runs: list[Run]) -> plt.Figure:
         axes.set_xticks(range(run.n))
         axes.set_xlabel("partition")
         axes.set_title(run.label, fontsize=10)
-    grid[0][0].set_ylabel("domain of the text")
-    figure.colorbar(image, ax=grid[0].tolist(), label="share of test rows")
+    panels[0].set_ylabel("domain of the text")
+    figure.colorbar(image, ax=panels, label="share of test rows")
     return figure
 
 
@@ -580,16 +586,8 @@ def plot_experts(runs: list[Run]) -> plt.Figure | None:
             largest[run.utility["method"]] = run
     if not largest:
         return None
-    widths = [max(4, run.n) for run in largest.values()]
-    figure, grid = plt.subplots(
-        1,
-        len(largest),
-        figsize=(2 + 0.34 * sum(widths), 5),
-        width_ratios=widths,
-        layout="constrained",
-        squeeze=False,
-    )
-    for axes, run in zip(grid[0], largest.values(), strict=True):
+    figure, panels = _heat_maps(list(largest.values()))
+    for axes, run in zip(panels, largest.values(), strict=True):
         tables = run.utility["mixtures"]["expert_perplexity"]
         kind = "cluster" if tables["cluster"] else "domain"
         table = np.array(list(tables[kind].values()), dtype=float)
@@ -602,7 +600,7 @@ def plot_experts(runs: list[Run]) -> plt.Figure | None:
         axes.set_title(run.label, fontsize=10)
     figure.colorbar(
         image,
-        ax=grid[0].tolist(),
+        ax=panels,
         extend="max",
         label="perplexity over the best model's (doublings)",
     )

@@ -91,8 +91,10 @@ def open_run(config: Config) -> Context:
 
 def missing_gold_seeds(config: Config) -> dict[Path, Call]:
     """Calls that train the seed LMs that the gold retrains of a finished run still lack."""
-    open_run(config)
     calls: dict[Path, Call] = {}
+    if not has_own_seed(config):
+        return calls
+    open_run(config)
     for forget in config.unlearn.forget:
         calls |= missing_seeds(config.without(forget))
     return calls
