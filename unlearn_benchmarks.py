@@ -15,7 +15,8 @@ from tiered.record import start, timed
 from tiered.store import read_json, write_json
 from tiered.training import train_at_once
 from tiered.unlearning.benchmark import (
-    benchmark_domain,
+    Bench,
+    forget_sets,
     missing_gold_seeds,
     missing_golds,
     open_run,
@@ -35,11 +36,12 @@ def main(config: Config) -> None:
     context = open_run(config)
     start(config, "unlearn_benchmarks")
     results = {}
-    bar = tqdm(config.unlearn.forget, desc=f"{config.name} unlearning", unit="domain", disable=None)
+    sets = forget_sets(context)
+    bar = tqdm(sets, desc=f"{config.name} unlearning", unit="forget set", disable=None)
     with timed(config, "unlearn_benchmarks"):
         for forget in bar:
-            # 2. operations, scores and metrics of one forget domain, each resumed by hash
-            results[forget] = benchmark_domain(context, forget, bar)
+            # 2. operations, scores and measures of one forget set, each resumed by hash
+            results[forget.name] = Bench(context, forget, bar).run()
     # 3. one file for the report: utility and unlearning of the experiment
     utility = config.run_dir / "eval" / "utility.json"
     utility = read_json(utility) if utility.is_file() else None

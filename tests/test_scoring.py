@@ -41,7 +41,7 @@ def test_uniform_logits_cost_ln_v_per_token():
     """I6: L = ln V."""
     model = Counting(0)
     nn.init.zeros_(model.table.weight)
-    nll, _ = score_prefixes(model, torch.from_numpy(rows()), T - 1, 4)
+    nll = score_prefixes(model, torch.from_numpy(rows()), T - 1, 4)["nll"]
     assert nll.shape == (6, T - 1)
     assert torch.allclose(nll, torch.full_like(nll, math.log(V)), atol=1e-6)
 

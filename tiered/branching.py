@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from tiered.config import Config, PartitionConfig
-from tiered.data import ProcessedData
+from tiered.data import ProcessedData, listed_documents
 from tiered.store import UserError, digest, read_json, tree_hashes
 
 FUNCTION = (  # fields that no shape of a weight shows
@@ -79,13 +79,20 @@ def places(document_ids: list[str]) -> np.ndarray:
     return np.array([(int.from_bytes(d, "big") >> 11) / 2**53 for d in digests])
 
 
-def used(config: Config, document_ids: list[str]) -> np.ndarray | None:
-    """Documents (documents,) bool that partition models are trained on; None for all."""
+def used(config: Config, domain: str, document_ids: list[str]) -> np.ndarray | None:
+    """Documents (documents,) bool of a domain that partition models are trained on; None: all."""
     low, high = document_interval(config)
-    if (low, high) == (0.0, 1.0):
+    excluded = excluded_documents(config).get(domain, frozenset())
+    if (low, high) == (0.0, 1.0) and not excluded:
         return None
     place = places(document_ids)
-    return (place >= low) & (place < high)
+    return (place >= low) & (place < high) & ~np.isin(document_ids, sorted(excluded))
+
+
+def excluded_documents(config: Config) -> dict[str, frozenset[str]]:
+    """Domain -> ids of the documents that data.exclude_documents leaves out of training."""
+    path = config.data.exclude_documents
+    return listed_documents(path) if path else {}
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from sklearn.preprocessing import normalize
 from torch import nn
 
-from tiered.config import SPLITS, Config
+from tiered.config import CANARY, SPLITS, Config
 from tiered.data import ProcessedData
 from tiered.kmeans import Clusters, balanced_kmeans, nearest
 from tiered.metrics import partition_nmi
@@ -286,7 +286,7 @@ def write_clusters(
     with atomic_folder(folder) as path:
         save_file({"centres": torch.from_numpy(clusters.centres)}, path / "centres.safetensors")
         for domain in data.domains:
-            for split in SPLITS:
+            for split in (*SPLITS, CANARY):
                 labels = fitted[domain]
                 if split != "router":
                     chunks = vector_chunks(config, embedder, data.documents(domain, split))

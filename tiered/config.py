@@ -29,6 +29,13 @@ from tiered.store import UserError
 MAX_BASE_LEVELS = 3
 FAMILIES = ("monet", "llama", "mixtral")
 SPLITS = ("train", "validation", "test", "router", "holdout", "calibration")
+CANARY = "canary"  # a split of rows of random tokens, where data.canaries asks for them
+OPERATIONS = (  # of unlearning, in the order of tables
+    *("original", "gold", "gold-recluster"),
+    *("delete-S0", "delete-S1", "delete-S2", "sisa"),
+    *("mask-skew", "mask-topshare", "mask-mass", "mask-random", "mask-massmatched", "reinit"),
+    *("fine-tune", "l1-sparse", "GA", "GradDiff", "NPO", "SimNPO", "task-vector"),
+)
 # TrainingArguments that this project sets itself, and where the user sets them instead.
 RESERVED_ARGUMENTS = {
     "seed": "seed",
@@ -92,6 +99,11 @@ class DataConfig:
     exclude_domains: tuple[str, ...] = opt(
         (), "domains whose data is left out; nothing else changes"
     )
+    exclude_documents: str = opt(
+        "",
+        "file of train documents left out of training, `domain/document_id` a line; nothing else"
+        " changes",
+    )
     first_document: int = opt(0, "first raw record of a domain that is read", low=0)
     num_documents: int = opt(0, "raw records read per domain; 0: all", low=0)
     normalize: str = opt("NFC", "Unicode normal form", choices=("NFC", "NFKC", "none"))
@@ -135,7 +147,15 @@ class DataConfig:
     repeats: dict[int, int] = opt(
         {}, "times -> member rows per domain that occur that often in train"
     )
-    repeat_domains: tuple[str, ...] = opt((), "domains with repeated rows; empty: all")
+    canaries: dict[int, int] = opt(
+        {}, "times -> rows of random tokens per domain that occur that often in train (exposure)"
+    )
+    canary_references: int = opt(
+        99,
+        "rows of random tokens per domain that train never holds, beside canaries",
+        low=1,
+    )
+    repeat_domains: tuple[str, ...] = opt((), "domains with repeated rows and canaries; empty: all")
     num_proc: int = opt(2, "worker processes (never changes a result)", low=1)
     processed_dir: str = opt("data/processed", "where processed data is kept, by hash")
 
@@ -367,19 +387,87 @@ class EvalConfig:
 class UnlearnConfig:
     """Removal of domains and its measurement (unlearn_benchmarks.py)."""
 
-    forget: tuple[str, ...] = opt((), "forget domains, removed one at a time")
+    forget: tuple[str, ...] = opt(
+        (),
+        "forget domains, removed one at a time; or files of train documents of one domain,"
+        " `domain/document_id` a line",
+    )
     operations: tuple[str, ...] = opt(
-        ("original", "gold", "delete-S0", "delete-S1", "delete-S2", "sisa"),
+        (
+            *("original", "gold", "delete-S0", "delete-S1", "delete-S2", "sisa"),
+            *("mask-skew", "mask-random", "mask-massmatched"),
+        ),
         "operations that are run, in this order; gold-recluster: a gold whose cluster map is fitted"
         " anew without the domain",
-        choices=(
-            *("original", "gold", "gold-recluster"),
-            *("delete-S0", "delete-S1", "delete-S2", "sisa"),
-        ),
+        choices=OPERATIONS,
+    )
+    gold_seeds: int = opt(
+        1,
+        "golds, each of another seed, the first of the run's: three or more span an envelope",
+        low=1,
     )
     forget_rows: int = opt(200, "member, holdout and test rows of the forget domain", low=2)
     retain_rows: int = opt(32, "member and test rows of every other domain", low=1)
-    bootstrap_samples: int = opt(1000, "bootstrap resamples of a confidence interval", low=10)
+    bootstrap_samples: int = opt(1000, "resamples of an interval, shuffles of a test", low=10)
+    attacks: tuple[str, ...] = opt(
+        ("LOSS", "zlib", "Min-K", "Min-K++", "reference"),
+        "membership attacks; neighbourhood, ReCaLL and GradNorm cost passes of their own",
+        choices=(
+            *("LOSS", "zlib", "Min-K", "Min-K++", "reference"),
+            *("neighbourhood", "ReCaLL", "GradNorm"),
+        ),
+    )
+    max_overlap: float = opt(
+        0.5,
+        "holdout rows are left out of whose token 13-grams more than this share stand in the"
+        " domain's train split",
+        low=0,
+        high=1,
+    )
+    min_k_share: float = opt(0.2, "share of a row's tokens in Min-K and Min-K++", low=0, high=1)
+    neighbours: int = opt(4, "neighbours of a row in the neighbourhood attack", low=1)
+    neighbour_swaps: float = opt(0.15, "share of tokens a neighbour swaps", low=0, high=1)
+    grad_norm_rows: int = opt(200, "member and holdout rows of GradNorm, at most each", low=2)
+    mask_ratio: float = opt(
+        2.0,
+        "mask-skew: an expert is the domain's from so many times every other domain's weight"
+        " (arXiv:2412.04139)",
+        low=1,
+    )
+    mask_topshare: float = opt(
+        5.0, "mask-topshare: percent of experts purged, those most the domain's", low=0, high=100
+    )
+    mask_mass: float = opt(
+        0.5, "mask-mass: share of the domain's routing mass that is purged", low=0, high=1
+    )
+    random_masks: int = opt(10, "draws of the random controls of mask-skew, each kind", low=1)
+    learning_rate: float = opt(5e-4, "gradient methods: constant learning rate (AdamW)", low=0)
+    learning_rates: dict[str, float] = opt(
+        {}, "gradient methods: operation -> learning rate, where it is another", low=0
+    )
+    max_steps: int = opt(100, "gradient methods: optimizer steps at most, per partition", low=1)
+    batch_rows: int = opt(8, "gradient methods: forget and retain blocks per step, each", low=1)
+    check_steps: int = opt(
+        5,
+        "gradient methods: steps between checks of the early stop (AUC at gold's, RA lost)",
+        low=1,
+    )
+    check_rows: int = opt(64, "gradient methods: member, validation, retain rows of a check", low=2)
+    max_retain_loss: float = opt(
+        0.02, "gradient methods: accuracy on retained members that may be lost", low=0, high=1
+    )
+    retain_weight: float = opt(
+        1.0,
+        "GradDiff, NPO, SimNPO: weight of the retain loss, where there is anything to retain",
+        low=0,
+    )
+    l1_weight: float = opt(1e-5, "l1-sparse: first weight of the L1 norm, falling to 0", low=0)
+    npo_beta: float = opt(0.1, "NPO: inverse temperature beta", low=1e-9)
+    simnpo_beta: float = opt(2.5, "SimNPO: inverse temperature beta", low=1e-9)
+    simnpo_gamma: float = opt(0.0, "SimNPO: margin gamma")
+    task_vector_scale: float = opt(
+        1.0, "task-vector: share of the vector that is subtracted", low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -680,7 +768,8 @@ def check(config: Config) -> Config:
         "data.exclude_domains": data.exclude_domains,
         "data.repeat_domains": data.repeat_domains,
         "tokenizer.train_domains": config.tokenizer.train_domains,
-        "unlearn.forget": config.unlearn.forget,
+        # the others are files, read where the run is opened
+        "unlearn.forget": tuple(f for f in config.unlearn.forget if not Path(f).is_file()),
     }
     if isinstance(data.tokens_per_domain, dict):
         known["data.tokens_per_domain"] = tuple(data.tokens_per_domain)
@@ -763,12 +852,13 @@ def _check_splits(data: DataConfig) -> None:
         raise UserError(f"data.split_shares: shares are >= 0 and sum to 100, found {total:g}")
     if not data.split_shares["train"]:
         raise UserError("data.split_shares: train must be above 0")
-    for times, rows in data.repeats.items():
-        if times < 2 or rows < 0:
-            raise UserError(
-                f"data.repeats: {times} must be at least 2 occurrences, of at least 0 rows"
-                f" (found {rows})"
-            )
+    for key, least in (("repeats", 2), ("canaries", 1)):
+        for times, rows in getattr(data, key).items():
+            if times < least or rows < 0:
+                raise UserError(
+                    f"data.{key}: {times} must be at least {least} occurrences, of at least 0 rows"
+                    f" (found {rows})"
+                )
 
 
 def load(path: Path | str, overrides: tuple[str, ...] = ()) -> Config:

@@ -9,14 +9,14 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from tiered.config import Config, plain
+from tiered.config import CANARY, Config, plain
 from tiered.store import (
     UserError,
     code_hash,
@@ -29,7 +29,7 @@ from tiered.store import (
 
 # Fields that say which domains are processed, how fast, or where to; none changes a domain's data.
 UNKEYED = (
-    *("domains", "added_domains", "exclude_domains"),
+    *("domains", "added_domains", "exclude_domains", "exclude_documents"),
     *("num_proc", "processed_dir", "separate_documents"),
 )
 PROCESSING_CODE = tuple(
@@ -74,13 +74,36 @@ def processed_folder(config: Config) -> Path:
     return Path(config.data.processed_dir) / processed_key(config)
 
 
+@functools.cache
+def listed_documents(path: str) -> dict[str, frozenset[str]]:
+    """Domain -> document ids of a file with a `domain/document_id` a line.
+
+    Raises UserError for a file that is missing, empty, or has another kind of line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    found: dict[str, set[str]] = {}
+    for number, line in enumerate(lines, 1):
+        domain, slash, name = line.strip().partition("/")
+        if line.strip() and not (domain and slash and name):
+            raise UserError(f"{path}, line {number}: {line!r} is not `domain/document_id`")
+        if line.strip():
+            found.setdefault(domain, set()).add(name)
+    if not found:
+        raise UserError(f"{path}: lists no document")
+    return {domain: frozenset(names) for domain, names in sorted(found.items())}
+
+
 @dataclass(frozen=True)
 class Rows:
     """Scored rows, one per document: its first T tokens.
 
     input_ids, token_bytes, token_chars (N, T) int64: tokens and the UTF-8 bytes and characters of
     the original text under each; occurrences (N,) int64: how often the row occurs in training
-    (train: 1, or the configured times of a repeated row; other splits: 0); unk_share (N,) float in
+    (train: 1, or the configured times of a repeated row; canary: as configured, 0 for references;
+    other splits: 0); unk_share (N,) float in
     [0, 1].
     """
 
@@ -92,6 +115,13 @@ class Rows:
     token_chars: np.ndarray
     occurrences: np.ndarray
     unk_share: np.ndarray
+
+    def only(self, chosen: np.ndarray, count: int = 0) -> "Rows":
+        """The chosen rows (R,) bool, at most `count` of them (0: all)."""
+        places = np.flatnonzero(chosen)[: count or None]
+        names = ("input_ids", "token_bytes", "token_chars", "occurrences", "unk_share")
+        ids = tuple(self.document_ids[i] for i in places)
+        return replace(self, document_ids=ids, **{n: getattr(self, n)[places] for n in names})
 
     def hash(self) -> str:
         """Hash of what is scored (ids, tokens, bytes, characters, occurrences), 16 digits."""
@@ -206,6 +236,16 @@ class ProcessedData:
         rows = self._first_tokens(domain, "train", "input_ids", chosen)
         return np.repeat(rows, occurrences[chosen] - 1, axis=0).astype(np.int32)
 
+    def canary_blocks(self, domain: str, keep: np.ndarray | None = None) -> np.ndarray:
+        """Canaries as often as they occur in train, a block each, (blocks, T) int32; keep:
+        (canaries,) bool, those that are taken (None: all)."""
+        occurrences = self._occurrences(domain, CANARY)
+        if keep is not None:
+            occurrences = np.where(keep, occurrences, 0)
+        chosen = np.flatnonzero(occurrences)
+        rows = self._first_tokens(domain, CANARY, "input_ids", chosen)
+        return np.repeat(rows, occurrences[chosen], axis=0).astype(np.int32)
+
     def packed(
         self,
         domain: str,
@@ -286,6 +326,8 @@ class ProcessedData:
 
     def _occurrences(self, domain: str, split: str) -> np.ndarray:
         """How often a document's first row occurs in training, (documents,) int64."""
+        if split == CANARY:  # in the order they are stored in
+            return np.array(list(self.manifest["domains"][domain]["canaries"].values()), np.int64)
         count = self.manifest["domains"][domain]["splits"][split]["documents"]
         occurrences = np.full(count, int(split == "train"), dtype=np.int64)
         repeats = self.manifest["domains"][domain]["repeats"] if split == "train" else {}

@@ -6,7 +6,7 @@ Shapes: R rows, T tokens per row, S = T - 1 scored positions, N partitions.
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,10 @@ def plain_progress(items: Iterable, what: str, unit: str) -> Iterable:
 
 @dataclass
 class RowScores:
-    """Sums per row (R,): nats, right predictions, scored tokens, their bytes and characters."""
+    """Sums per row (R,): nats, right predictions, scored tokens, their bytes and characters.
+
+    extra: further statistics of each row (R,), by name.
+    """
 
     rows: Rows
     scope: str
@@ -51,6 +54,7 @@ class RowScores:
     num_bytes: np.ndarray
     num_chars: np.ndarray
     last_partition: np.ndarray
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def mean_loss(self) -> np.ndarray:
@@ -134,25 +138,10 @@ def assignments(
     return chosen
 
 
-def score_domain(
-    config: Config,
-    model: TieredForCausalLM,
-    rows: Rows,
-    scopes: Iterable[str],
-    oracle: np.ndarray | None = None,
-    allowed: list[int] | None = None,
-    cache: ScoreCache | None = None,
-) -> tuple[dict[str, RowScores], torch.Tensor]:
-    """Row scores per scope, and the router's scores (R, S, N)."""
-    scores = router_scores(model, rows.input_ids, config.eval.batch_rows, allowed)
-    chosen = assignments(scores, scopes, config, oracle)
-    found = score_rows(model, rows.input_ids, chosen, config.eval.batch_rows, cache)
-    return {s: sum_rows(rows, s, found[s], chosen[s]) for s in chosen}, scores
-
-
 def rows_table(scores: Iterable[RowScores], **columns: str) -> pa.Table:
     """Per-row scores as one Arrow table: every statistic can be recomputed from it."""
-    tables = []
+    tables, scores = [], list(scores)
+    extra = sorted({name for s in scores for name in s.extra})
     for s in scores:
         n = len(s.loss_nats)
         constant = {"domain": s.rows.domain, "split": s.rows.split, "scope": s.scope, **columns}
@@ -168,10 +157,18 @@ def rows_table(scores: Iterable[RowScores], **columns: str) -> pa.Table:
                     "bytes": s.num_bytes.astype(np.int64),
                     "characters": s.num_chars.astype(np.int64),
                     "last_partition": s.last_partition.astype(np.int64),
+                    **{name: _extra(s, name) for name in extra},
                 }
             )
         )
     return pa.concat_tables(tables)
+
+
+def _extra(scores: RowScores, name: str) -> pa.Array:
+    """A further statistic as a float64 column; null where it was not computed."""
+    if name not in scores.extra:
+        return pa.nulls(len(scores.loss_nats), pa.float64())
+    return pa.array(scores.extra[name].astype(np.float64))
 
 
 def write_rows(path: Path, table: pa.Table) -> None:
@@ -180,6 +177,34 @@ def write_rows(path: Path, table: pa.Table) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     pq.write_table(table, temporary)
     temporary.replace(path)
+
+
+def read_rows(
+    path: Path, rows: Mapping[tuple[str, str], Rows], scope: str
+) -> dict[tuple[str, str], RowScores]:
+    """Row scores of a stored table, of rows by (split, domain) as they were scored."""
+    table = pq.read_table(path)
+    splits, domains = (np.array(table[c].to_pylist()) for c in ("split", "domain"))
+    numbers = [c for c in table.column_names if not pa.types.is_string(table[c].type)]
+    columns = {c: table[c].to_numpy() for c in numbers}
+    fixed = {"occurrences", "loss_nats", "correct", "tokens", "bytes", "characters"}
+    further = sorted(columns.keys() - fixed - {"last_partition"})
+    found = {}
+    for (split, domain), scored in rows.items():
+        here = (splits == split) & (domains == domain)
+        values = {c: v[here] for c, v in columns.items()}
+        found[split, domain] = RowScores(
+            rows=scored,
+            scope=scope,
+            loss_nats=values["loss_nats"],
+            correct=values["correct"],
+            tokens=values["tokens"],
+            num_bytes=values["bytes"],
+            num_chars=values["characters"],
+            last_partition=values["last_partition"],
+            extra={c: values[c] for c in further if not np.isnan(values[c]).all()},
+        )
+    return found
 
 
 def unigram_bpb(log_probs: np.ndarray, rows: Rows, first: int = 0) -> float:
@@ -282,7 +307,7 @@ def score_mixtures(
         merged = averaged_model(model)
         if merged is not None:
             ids = torch.from_numpy(np.ascontiguousarray(rows.input_ids))
-            nll, _ = score_prefixes(merged, ids, ids.shape[1] - 1, batch_rows)
+            nll = score_prefixes(merged, ids, ids.shape[1] - 1, batch_rows)["nll"]
             results["parameter_average"] = nll.double().sum(1).numpy()
     if not wanted:
         return results, None

@@ -61,11 +61,15 @@ def mean_expert_weights(model: torch.nn.Module, batches: Iterable[torch.Tensor])
 
 
 def expert_scores(
-    model: torch.nn.Module, data: ProcessedData, split: str = "calibration", batch_rows: int = 16
+    model: torch.nn.Module,
+    data: ProcessedData,
+    split: str = "calibration",
+    batch_rows: int = 16,
+    domains: Iterable[str] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """S_D of every present domain: `mean_expert_weights` on its blocks of a split (section 5)."""
+    """S_D of the domains (None: all present): `mean_expert_weights` on a split's blocks."""
     scores = {}
-    for domain in data.domains:
+    for domain in data.domains if domains is None else domains:
         blocks = torch.from_numpy(np.ascontiguousarray(data.blocks(domain, split), dtype=np.int64))
         if not len(blocks):
             raise UserError(f"domain {domain}: no block in its {split} split; nothing to score")

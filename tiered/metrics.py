@@ -1,14 +1,12 @@
-"""Measures: nats, bits per byte, accuracy, AUC with intervals, normalised mutual information.
+"""Measures: nats, bits per byte, memorisation, exposure, normalised mutual information.
 
 A scored row is T tokens of one document; position 0 is never scored, so a row has T - 1 scored
 tokens and its bytes are those under tokens 1..T-1. Low loss means "member" for every attack.
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata
 from sklearn.metrics import normalized_mutual_info_score
 
 # What a cell prints when a number would be a lie.
@@ -18,69 +16,6 @@ NOT_APPLICABLE, NONE, UNDEFINED, NO_POWER = "not applicable", "none", "undefined
 def bits_per_byte(loss_nats: float, num_bytes: float) -> float:
     """Summed loss in nats over UTF-8 bytes, as bits per byte."""
     return loss_nats / (math.log(2) * num_bytes)
-
-
-def auc(members: np.ndarray, non_members: np.ndarray) -> float:
-    """Probability in [0, 1] that a member's score is below a non-member's; ties count half."""
-    m, n = len(members), len(non_members)
-    ranks = rankdata(np.concatenate([members, non_members]))
-    above = ranks[m:].sum() - n * (n + 1) / 2  # Mann-Whitney U of the non-members
-    return float(above / (m * n))
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value with its 95 % bootstrap interval and standard error."""
-
-    value: float
-    low: float
-    high: float
-    standard_error: float
-
-    def as_json(self) -> dict[str, float]:
-        """Rounded to 6 decimals, for metrics.json."""
-        names = ("value", "low", "high", "standard_error")
-        return {name: round(getattr(self, name), 6) for name in names}
-
-
-def bootstrap_auc(
-    members: np.ndarray, non_members: np.ndarray, samples: int, generator: np.random.Generator
-) -> Interval:
-    """AUC with a percentile bootstrap over both sets (one row per document, so rows resample).
-
-    The standard error is the bootstrap's, but never below Hanley and McNeil's (1982): with every
-    member below every non-member the bootstrap sees no spread at all.
-    """
-    value, m = auc(members, non_members), len(members)
-    # Scores only count by their order: resample their places among the distinct values.
-    distinct, places = np.unique(np.concatenate([members, non_members]), return_inverse=True)
-    drawn = np.empty(samples)
-    for i in range(samples):
-        a, b = (
-            np.bincount(own[generator.integers(len(own), size=len(own))], minlength=len(distinct))
-            for own in (places[:m], places[m:])
-        )
-        above = b.sum() - np.cumsum(b)  # non-members above each value
-        drawn[i] = (a * (above + 0.5 * b)).sum() / (a.sum() * b.sum())
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    floor = hanley_mcneil_error(value, len(members), len(non_members))
-    return Interval(value, float(low), float(high), max(float(drawn.std(ddof=1)), floor))
-
-
-def hanley_mcneil_error(value: float, m: int, n: int) -> float:
-    """Standard error of an AUC of m members and n non-members (Hanley and McNeil 1982, eq. 1).
-
-    At a value of exactly 0 or 1 the formula gives 0; the value is moved half a pair inside.
-    """
-    a = min(max(value, 0.5 / (m * n)), 1 - 0.5 / (m * n))
-    q1, q2 = a / (2 - a), 2 * a * a / (1 + a)
-    variance = a * (1 - a) + (m - 1) * (q1 - a * a) + (n - 1) * (q2 - a * a)
-    return math.sqrt(max(variance, 0.0) / (m * n))
-
-
-def has_power(original: Interval) -> bool:
-    """Power gate: on the original model the attack beats chance by two standard errors."""
-    return original.value > 0.5 + 2 * original.standard_error
 
 
 def median_efficacy(members: np.ndarray, holdout: np.ndarray) -> float:
@@ -94,24 +29,6 @@ def median_efficacy(members: np.ndarray, holdout: np.ndarray) -> float:
 def normalised_unlearning(original: float, unlearnt: float, gold: float) -> float:
     """UA_norm = (acc_o - acc_u) / (acc_o - acc_g): 0 nothing, 1 as gold, above 1 too much."""
     return (original - unlearnt) / (original - gold)
-
-
-def paired_error(a: np.ndarray, b: np.ndarray) -> float:
-    """Standard error of the mean of a - b over rows."""
-    difference = a - b
-    return (
-        float(difference.std(ddof=1) / math.sqrt(len(difference)))
-        if len(difference) > 1
-        else math.inf
-    )
-
-
-def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Two-sample KS statistic D and p-value."""
-    from scipy.stats import ks_2samp
-
-    result = ks_2samp(a, b)
-    return float(result.statistic), float(result.pvalue)
 
 
 def partition_nmi(domains: np.ndarray, partitions: np.ndarray) -> float:
@@ -146,3 +63,37 @@ def extraction_strength(correct: np.ndarray) -> np.ndarray:
     argmax is right, N if the last is wrong."""
     wrong_later = np.flip(np.logical_or.accumulate(np.flip(~correct, 1), axis=1), 1)
     return 1.0 - wrong_later.sum(1) / correct.shape[1]
+
+
+def exposure(canary: float, references: np.ndarray) -> float:
+    """log2 |R| - log2 rank of a canary's loss in R: itself and references it was not trained with.
+
+    (arXiv:1802.08232.) A model that never saw it has 1.40 bits on average at |R| = 100, and
+    log2(e) = 1.44 in the limit; log2 |R| is the most. Equal losses rank it in their middle.
+    """
+    rank = 1 + np.sum(references < canary) + 0.5 * np.sum(references == canary)
+    return float(math.log2(len(references) + 1) - math.log2(rank))
+
+
+def privacy_leak(unlearnt: float, gold: float) -> float:
+    """PrivLeak in percent of two AUCs: (AUC'_u - AUC'_g) / AUC'_g, AUC' = 1 - AUC (MUSE,
+    arXiv:2407.06460); 0 as gold. Undefined (ZeroDivisionError) at a gold AUC of 1."""
+    return 100 * ((1 - unlearnt) - (1 - gold)) / (1 - gold)
+
+
+def membership_similarity(unlearnt: float, gold: float) -> float:
+    """s_MIA in [0, 1] of two AUCs: 1 - min(1, |AUC_u - AUC_g| / max(AUC_g, 1 - AUC_g))."""
+    return 1 - min(1.0, abs(unlearnt - gold) / max(gold, 1 - gold))
+
+
+def relearn_advantage(steps: np.ndarray, unlearnt: np.ndarray, gold: np.ndarray) -> float:
+    """Mean over log2(1 + steps) of bpb_gold - bpb_unlearnt by trapezoids; above 0: the unlearnt
+    system relearns faster than one that never saw the domain."""
+    width = np.log2(1 + np.asarray(steps, dtype=float))
+    area = np.trapezoid(np.asarray(gold) - np.asarray(unlearnt), width)
+    return float(area / (width[-1] - width[0]))
+
+
+def harmonic_mean(values: np.ndarray) -> float:
+    """Harmonic mean of positive values."""
+    return float(len(values) / np.sum(1 / np.asarray(values, dtype=float)))

@@ -29,7 +29,7 @@ from tiered.cleaning import (
     source_changed,
     source_files,
 )
-from tiered.config import SPLITS, Config, DataConfig
+from tiered.config import CANARY, SPLITS, Config, DataConfig
 from tiered.data import (
     key_parts,
     processed_folder,
@@ -43,8 +43,10 @@ from tiered.store import (
     atomic_folder,
     canonical_json,
     content_hash,
+    digest,
     is_complete,
     read_json,
+    seed_of,
     verify,
     write_json,
 )
@@ -234,6 +236,38 @@ def choose_repeats(
     return dict(zip(eligible, wanted, strict=False))
 
 
+def choose_canaries(domain: str, data: DataConfig) -> dict[str, int]:
+    """Canary id -> times it occurs in train, fewest first; references, with 0, last."""
+    if not data.canaries or (data.repeat_domains and domain not in data.repeat_domains):
+        return {}
+    times = [t for t, rows in sorted(data.canaries.items()) for _ in range(rows)]
+    times += [0] * data.canary_references
+    return {f"{CANARY}-{i:05d}": t for i, t in enumerate(times)}
+
+
+def canary_table(
+    train: pa.Table, names: list[str], domain: str, data: DataConfig, tokenizer: dict[str, Any]
+) -> pa.Table:
+    """Documents of T tokens that nobody wrote; no text stands under them: 0 bytes, 0 characters.
+
+    Tokens are drawn uniformly from the fewest that make up 90 % of the domain's train tokens, so
+    that the Level-1 router takes them for the domain's. (Canaries: arXiv:1802.08232.)
+    """
+    if not names:
+        return FEATURES.arrow_schema.empty_table()
+    flat = np.concatenate([c.flatten().to_numpy() for c in train["input_ids"].chunks])
+    special = [tokenizer[name] for name in ("separator_id", "pad_id", "unk_id")]
+    counts = np.bincount(flat[~np.isin(flat, [i for i in special if i is not None])])
+    order = np.argsort(-counts, kind="stable")
+    covered = np.cumsum(counts[order])
+    frequent = order[: int(np.searchsorted(covered, 0.9 * covered[-1])) + 1]
+    generator = np.random.default_rng(seed_of(data.split_seed, CANARY, domain))
+    drawn = generator.choice(frequent, size=(len(names), data.block_size))
+    zeros = np.zeros(data.block_size + 1, np.int64)
+    ids = [np.append(row, tokenizer["separator_id"]) for row in drawn]
+    return _batch_table(names, (ids, [zeros] * len(ids), [zeros] * len(ids)))
+
+
 def split_summary(table: pa.Table, repeats: dict[str, int]) -> dict[str, Any]:
     """Counts and content hash of a split; the hash is of values, not of Arrow's bytes."""
     sha = hashlib.sha256(canonical_json([table["document_id"].to_pylist(), repeats]).encode())
@@ -299,11 +333,15 @@ def tokenize_domain(config: Config, domain: str) -> None:
     tables["train"], spent = apply_budget(tables["train"], budget)
     train_ids = tables["train"]["document_id"].to_pylist()
     repeats = choose_repeats(train_ids, table_lengths(tables["train"]), domain, data)
-    summaries = {
-        split: split_summary(table, repeats if split == "train" else {})
-        for split, table in tables.items()
-    }
+    canaries = choose_canaries(domain, data)
+    tables[CANARY] = canary_table(tables["train"], list(canaries), domain, data, encoder.record)
+    extra = {"train": repeats, CANARY: canaries}
+    summaries = {s: split_summary(table, extra.get(s, {})) for s, table in tables.items()}
+    if canaries:  # what is trained on has changed
+        hashes = [summaries[s]["hash"] for s in ("train", CANARY)]
+        summaries["train"]["hash"] = digest(hashes, 64)
     manifest = clean | {"dropped": dropped, "splits": summaries, "repeats": repeats, **spent}
+    manifest["canaries"] = canaries
     manifest["tokenizer_hash"] = encoder.record["hash"]
     with atomic_folder(folder / domain) as temporary:
         for split, table in tables.items():

@@ -28,7 +28,10 @@ TRAINING_CODE = (
 )
 SCORING_CODE = tuple(
     f"tiered/{name}.py"
-    for name in ("scoring", "evaluation", "mixtures", "metrics", "unlearning/protocol")
+    for name in (
+        *("scoring", "evaluation", "mixtures", "metrics"),
+        *("unlearning/protocol", "unlearning/attacks"),
+    )
 )
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
 

@@ -13,6 +13,7 @@ import csv
 import html
 import io
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,7 +268,6 @@ def unlearning_table(run: Run, forget: str) -> list[dict[str, str]]:
             rows.append({**row, "UA": r["result"]})
             continue
         timings = read_json(run.folder / "unlearn" / forget / name / "timings.json")
-        attacks = {f"AUC LOSS {k}": cell(v) for k, v in _attack_columns(r["AUC"]["LOSS"])}
         rows.append(
             {
                 **row,
@@ -279,14 +279,15 @@ def unlearning_table(run: Run, forget: str) -> list[dict[str, str]]:
                 "TA far": cell(r["TA"]["far"]),
                 "TA_f": cell(r["TA_f"]),
                 "MIA efficacy": cell(r["MIA_efficacy"]),
+                "MIA efficacy, domain-shifted": cell(r["MIA_efficacy_domain_shifted"]),
                 "bpb test f": cell(r["bpb"]["test"]),
                 "bpb near": cell(r["bpb"]["retain"]["near"]),
                 "bpb far": cell(r["bpb"]["retain"]["far"]),
-                **attacks,
-                "AUC reference all": cell(r["AUC"]["reference"]["all"]),
-                "AUC router": cell(r["router_AUC"]),
+                "bpb change near": cell(r["bpb_change"]["near"]),
+                "bpb change far": cell(r["bpb_change"]["far"]),
                 "gap to gold": cell(r["gap_to_gold"]),
                 "far rows changed": r["far_rows_changed"],
+                "verdict": r["verdict"],
                 "exact": cell(r["exact"]),
                 "exact given": ", ".join(r["exact_given"]) or ("nothing" if r["exact"] else "-"),
                 "weights removed": cell(r["weights_removed"]),
@@ -298,9 +299,90 @@ def unlearning_table(run: Run, forget: str) -> list[dict[str, str]]:
     return _same_columns(rows)
 
 
-def _attack_columns(cells: dict[str, Any]) -> list[tuple[str, Any]]:
-    names = {"all": "all", "1": "plain"}
-    return [(names.get(k, f"x{k}"), v) for k, v in cells.items()]
+def attack_table(run: Run, forget: str) -> list[dict[str, str]]:
+    """Membership attacks on every operation: AUC by how often members occurred, TPR, verdicts."""
+    rows = []
+    for name, r in _measured(run, forget).items():
+        row = {"n": str(run.n), "operation": name}
+        for attack, cells in r["AUC"].items():
+            for times, value in cells.items():
+                label = {"all": "", "1": " plain"}.get(times, f" x{times}")
+                row[f"{attack}{label}"] = cell(value)
+        row |= {f"TPR {attack}": cell(v) for attack, v in r["TPR_at_1_FPR"].items()}
+        strongest = r["strongest_attack"]
+        if isinstance(strongest, dict):
+            row["strongest"] = f"{strongest['attack']} {strongest['AUC']:.3f}"
+            row["chance, 95 %"], row["p"] = cell(strongest["chance_95"]), cell(strongest["p"], 4)
+        else:
+            row |= {"strongest": strongest, "chance, 95 %": "-", "p": "-"}
+        row |= {"PrivLeak %": cell(r["PrivLeak"], 1), "s_MIA": cell(r["s_MIA"])}
+        row |= {"AUC router": cell(r["router_AUC"]), "membership": r["membership_verdict"]}
+        rows.append(row)
+    return _same_columns(rows)
+
+
+def memory_table(run: Run, forget: str) -> list[dict[str, str]]:
+    """What is remembered of the members, and how far their losses are from gold's."""
+    rows = []
+    for name, r in _measured(run, forget).items():
+        row = {"n": str(run.n), "operation": name}
+        strength, exposed, gold = r["extraction_strength"], r["exposure"], r["to_gold"]
+        pairs = strength.items() if isinstance(strength, dict) else [("members", strength)]
+        row |= {f"extraction strength, {k}": cell(v, 4) for k, v in pairs}
+        if isinstance(exposed, dict):
+            for times, value in exposed.items():
+                label = "unseen" if times == "clean" else f"x{times}"
+                row[f"exposure {label}, bits"] = cell(value, 2)
+        else:
+            row["exposure, bits"] = exposed
+        rows.append(
+            {
+                **row,
+                "loss to gold, mean nats": cell(gold["mean_difference_nats"]),
+                "loss to gold, median nats": cell(gold["median_difference_nats"]),
+                "KS D": cell(gold["KS"]["D"]),
+                "KS p": cell(gold["KS"]["p"], 4),
+                "Wilcoxon p": cell(gold["wilcoxon_p"], 4),
+                "margin, nats": cell(gold["margin_nats"]),
+                "equivalence p": cell(gold["equivalence_p"], 4),
+                "golds": str(gold["gold_seeds"]),
+            }
+        )
+    return _same_columns(rows)
+
+
+def control_table(run: Run, forget: str) -> list[dict[str, str]]:
+    """The expert purge beside its random draws: change of bits per byte on test rows."""
+    operations, rows = _measured(run, forget), []
+    for name, r in operations.items():
+        if not name.startswith("mask"):
+            continue
+        change = r["bpb_change"]
+        if "draws" in r:
+            draws = r["draws"]
+            row = {"n": str(run.n), "operation": f"{name}, {len(draws['test'])} draws"}
+            rows.append(row | {k: _spread(v) for k, v in _renamed(draws).items()})
+        else:
+            row = {"n": str(run.n), "operation": name}
+            rows.append(row | {k: cell(v) for k, v in _renamed(change).items()})
+    return rows
+
+
+def _renamed(change: dict[str, Any]) -> dict[str, Any]:
+    names = {"test": "forgotten", "near": "near", "far": "far"}
+    return {f"change on {label}, bpb": change[key] for key, label in names.items()}
+
+
+def _spread(values: list[Any]) -> str:
+    if any(isinstance(v, str) for v in values):
+        return str(values[0])
+    return f"{np.mean(values):.3f} (from {min(values):.3f} to {max(values):.3f})"
+
+
+def _measured(run: Run, forget: str) -> dict[str, Any]:
+    """Operations on a forget set that have numbers."""
+    found = run.unlearning.get(forget, {})
+    return {name: r for name, r in found.items() if "result" not in r}
 
 
 def floor_table(runs: list[Run]) -> list[dict[str, str]]:
@@ -683,6 +765,14 @@ def build(folders: list[Path], output: Path) -> Path:
             row for run in runs if forget in run.unlearning for row in unlearning_table(run, forget)
         ]
         tables[f"Unlearning {forget}"] = _same_columns(rows)
+        for title, table in (
+            ("Membership", attack_table),
+            ("Memory", memory_table),
+            ("Random controls", control_table),
+        ):
+            found = [row for run in runs for row in table(run, forget)]
+            if found:
+                tables[f"{title} {forget}"] = _same_columns(found)
     plots = {
         "Utility against the cost of exact removal": ("tradeoff", plot_tradeoff(runs)),
         "Bits per byte against the number of partitions": ("utility", plot_utility(runs)),
@@ -766,10 +856,13 @@ def _narrow(table: str) -> str:
         "bpb test f",
         "bpb near",
         "bpb far",
+        "verdict",
         "exact",
         "tokens / gold",
         "RTE s",
     )
+    # intervals stand in the files: here the value alone
+    table = re.sub(r" \[[^\]|]*\]", "", table)
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in table.strip().splitlines()]
     keep = [i for i, c in enumerate(rows[0]) if c in wanted]
     return "\n".join("| " + " | ".join(row[i] for i in keep) + " |" for row in rows)

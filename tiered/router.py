@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from tiered.clusters import document_vectors, fit_tfidf, fitted_documents, write_clusters
-from tiered.config import SPLITS, Config, plain
+from tiered.config import CANARY, SPLITS, Config, plain
 from tiered.data import ProcessedData
 from tiered.modeling_tiered import (
     Level1Config,
@@ -274,7 +274,7 @@ def build_clusters(config: Config, data: ProcessedData) -> Path:
 
 def cluster_inputs(config: Config, data: ProcessedData) -> str:
     """Hash of what config and data say of a cluster map, environment and code apart."""
-    splits = {d: [data.split_hash(d, s) for s in SPLITS] for d in data.domains}
+    splits = {d: [data.split_hash(d, s) for s in (*SPLITS, CANARY)] for d in data.domains}
     section = config.partition
     chosen = [section.n, section.seed, section.fit_documents]
     return digest([embedder_inputs(config, data), chosen, splits])

@@ -13,28 +13,37 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
 
 from tiered.modeling_tiered import PrefixGroup, TieredForCausalLM, needed_positions, prefix_groups
 from tiered.store import code_hash, digest
 
 GROUP_BATCHES = 64  # batches that are cached together
+# Logits that are alive at once where the head is a plain projection: what a CPU's cache holds,
+# but for no fewer tokens than pay for reading the head once more.
+CHUNK_LOGITS = {"cpu": 2**19, "cuda": 2**27}
+CHUNK_TOKENS = 128
+# Families whose logits are lm_head(last_hidden_state) and nothing else.
+PLAIN_HEADS = ("monet", "llama", "mixtral")
+MIN_VARIANCE = 1e-6  # of log p over the vocabulary (arXiv:2404.02936)
 
 
 @dataclass
 class TokenScores:
     """nll (R, S) float32 nats, correct (R, S) bool: the next token was the argmax.
 
-    scored (R, S) bool: False where the protocol leaves a position out.
+    scored (R, S) bool: False where the protocol leaves a position out. z (R, S) float32, where it
+    was asked for: log p of the next token, standardised over the vocabulary (`token_statistics`).
     """
 
     nll: np.ndarray
     correct: np.ndarray
     scored: np.ndarray
+    z: np.ndarray | None = None
 
     def rows(self, chosen: slice) -> "TokenScores":
         """Those of some rows."""
-        return TokenScores(self.nll[chosen], self.correct[chosen], self.scored[chosen])
+        z = None if self.z is None else self.z[chosen]
+        return TokenScores(self.nll[chosen], self.correct[chosen], self.scored[chosen], z)
 
 
 class ScoreCache:
@@ -63,38 +72,75 @@ class ScoreCache:
             return None
         return load_file(path)
 
-    def write(self, path: Path, nll: torch.Tensor, correct: torch.Tensor) -> None:
+    def write(self, path: Path, found: dict[str, torch.Tensor]) -> None:
         """Store a group, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".tmp{os.getpid()}")
-        save_file({"nll": nll.contiguous(), "correct": correct.contiguous()}, temporary)
+        save_file({name: values.contiguous() for name, values in found.items()}, temporary)
         temporary.replace(path)
         self.renewed.add(path)
 
-    def path(self, k: int, prefixes: torch.Tensor, batch_rows: int) -> Path:
+    def path(self, k: int, prefixes: torch.Tensor, batch_rows: int, z: bool) -> Path:
         """File of one group."""
         ids = hashlib.sha256(prefixes.contiguous().numpy().tobytes()).hexdigest()
-        name = digest([ids, list(prefixes.shape), batch_rows, *self.computed_by])
+        name = digest([ids, list(prefixes.shape), batch_rows, z, *self.computed_by])
         return self.folder / self.model_hashes[k] / f"{name}.safetensors"
+
+
+def token_statistics(
+    logits: torch.Tensor, targets: torch.Tensor, z: bool = False
+) -> dict[str, torch.Tensor]:
+    """nll, correct and (asked for) z, each (N,), of targets (N,) under float32 logits (N, V).
+
+    z = (log p(target) - mu) / sigma, where mu and sigma^2 >= 1e-6 are mean and variance of
+    log p(v) over v drawn from p itself (Min-K%++, arXiv:2404.02936). The logits are overwritten.
+    """
+    peak, first = logits.max(-1)
+    # shifted by the largest, a peaked distribution's moments are small: nothing cancels.
+    logits -= peak[:, None]
+    own = logits.gather(-1, targets[:, None])[:, 0]
+    weights = logits.exp()
+    total = weights.sum(-1)
+    found = {"nll": total.log() - own, "correct": first == targets}
+    if z:
+        weights *= logits
+        mean = weights.sum(-1) / total
+        variance = torch.linalg.vecdot(weights, logits) / total - mean.square()
+        found["z"] = (own - mean) / variance.clamp_min(MIN_VARIANCE).sqrt()
+    return found
+
+
+def _logits(model: torch.nn.Module, input_ids: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Float32 logits of all positions of (B, T) ids in order, (N, V) at a time."""
+    if getattr(getattr(model, "config", None), "model_type", "") not in PLAIN_HEADS:
+        yield model(input_ids=input_ids, use_cache=False).logits.float().flatten(0, 1)
+        return
+    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    head = model.get_output_embeddings()
+    chunk = CHUNK_LOGITS.get(hidden.device.type, 2**27) // head.weight.shape[0]
+    for part in hidden.flatten(0, 1).split(max(CHUNK_TOKENS, chunk)):
+        yield head(part).float()
 
 
 @torch.inference_mode()
 def score_prefixes(
-    model: torch.nn.Module, input_ids: torch.Tensor, length: int, batch_rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """nll (R, length) and correct (R, length) of tokens 1..length given tokens 0..length-1."""
-    losses, hits = [], []
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    length: int,
+    batch_rows: int,
+    z: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Statistics (R, length) of tokens 1..length given tokens 0..length-1, on the CPU."""
+    batches: list[dict[str, torch.Tensor]] = []
     device = next(model.parameters()).device
     for batch in input_ids.split(batch_rows):
         batch = batch.to(device)
-        logits = model(
-            input_ids=batch[:, :length], use_cache=False
-        ).logits.float()  # (b, length, V)
-        targets = batch[:, 1 : length + 1]
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        losses.append(loss.view(targets.shape).cpu())
-        hits.append((logits.argmax(-1) == targets).cpu())
-    return torch.cat(losses), torch.cat(hits)
+        targets, parts, start = batch[:, 1 : length + 1].flatten(), [], 0
+        for logits in _logits(model, batch[:, :length]):
+            parts.append(token_statistics(logits, targets[start : start + len(logits)], z))
+            start += len(logits)
+        batches.append({n: torch.cat([p[n] for p in parts]).cpu() for n in parts[0]})
+    return {n: torch.cat([b[n] for b in batches]).view(-1, length) for n in batches[0]}
 
 
 def _cached_group(
@@ -104,16 +150,17 @@ def _cached_group(
     group: PrefixGroup,
     batch_rows: int,
     cache: ScoreCache | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    z: bool,
+) -> dict[str, torch.Tensor]:
     prefixes = input_ids[group.rows, : group.length + 1]
-    path = cache.path(k, prefixes, batch_rows) if cache else None
+    path = cache.path(k, prefixes, batch_rows, z) if cache else None
     stored = cache.read(path) if cache else None
     if stored is not None:
-        return stored["nll"], stored["correct"]
-    nll, correct = score_prefixes(model.partitions[str(k)], prefixes, group.length, batch_rows)
+        return stored
+    found = score_prefixes(model.partitions[str(k)], prefixes, group.length, batch_rows, z)
     if cache:
-        cache.write(path, nll, correct)
-    return nll, correct
+        cache.write(path, found)
+    return found
 
 
 def _parts(groups: Iterable[PrefixGroup], rows: int) -> Iterator[PrefixGroup]:
@@ -130,6 +177,7 @@ def score_rows(
     batch_rows: int,
     cache: ScoreCache | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    z: bool = False,
 ) -> dict[str, TokenScores]:
     """Scores of rows (R, T) under several assignments (name -> partition (R, S)) in one pass.
 
@@ -137,23 +185,27 @@ def score_rows(
     it; short prefixes run together, grouped by length. An assignment of -1 is not scored.
     """
     ids = torch.as_tensor(np.ascontiguousarray(input_ids))
-    steps = ids.shape[1] - 1
-    results = {
-        name: (torch.full((len(ids), steps), torch.nan), torch.zeros(len(ids), steps, dtype=bool))
-        for name in assignments
-    }
+    shape = (len(ids), ids.shape[1] - 1)
+    results = {}
+    for name in assignments:
+        results[name] = {"nll": torch.full(shape, torch.nan)}
+        results[name]["correct"] = torch.zeros(shape, dtype=bool)
+        if z:
+            results[name]["z"] = torch.full(shape, torch.nan)
     wanted = sorted({int(k) for a in assignments.values() for k in a.unique()} - {-1})
     for k in progress(wanted):
         needed = torch.stack([needed_positions(a, k) for a in assignments.values()]).amax(0)
-        for group in _parts(prefix_groups(needed, steps), GROUP_BATCHES * batch_rows):
-            nll, correct = _cached_group(model, k, ids, group, batch_rows, cache)
+        for group in _parts(prefix_groups(needed, shape[1]), GROUP_BATCHES * batch_rows):
+            found = _cached_group(model, k, ids, group, batch_rows, cache, z)
             for name, chosen in assignments.items():
                 here = chosen[group.rows, : group.length] == k
-                for target, source in zip(results[name], (nll, correct), strict=True):
+                for statistic, target in results[name].items():
                     rows = target[group.rows]
-                    rows[:, : group.length][here] = source[here]
+                    rows[:, : group.length][here] = found[statistic][here]
                     target[group.rows] = rows
     return {
-        name: TokenScores(nll.numpy(), hit.numpy(), (assignments[name] >= 0).numpy())
-        for name, (nll, hit) in results.items()
+        name: TokenScores(
+            scored=(assignments[name] >= 0).numpy(), **{n: v.numpy() for n, v in found.items()}
+        )
+        for name, found in results.items()
     }

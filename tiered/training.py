@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from tiered import branching, checkpoint
-from tiered.config import Config, plain
+from tiered.config import CANARY, Config, plain
 from tiered.data import ProcessedData, position_ids
 from tiered.methods import MODELS, model_section
 from tiered.partition import PartitionMap, make_partition_map
@@ -364,27 +364,46 @@ def training_arguments(config: Config, share: float) -> dict[str, Any]:
 
 
 def partition_blocks(
-    config: Config, data: ProcessedData, partitions: PartitionMap, k: int
+    config: Config,
+    data: ProcessedData,
+    partitions: PartitionMap,
+    k: int,
+    domains: Iterable[str] | None = None,
 ) -> tuple[np.ndarray | None, dict[str, int]]:
     """Training blocks (rows, T) of partition k from present domains, and how many each gave.
+
+    domains: only those of them (None: all).
 
     Domains follow one another by name, not in the order of the map: maps that agree on a
     partition's members train the same model. None if no present domain has data there.
     """
     split, parts, counts = config.training.split, [], {}
     for domain in sorted(partitions.members[k]):
-        if domain not in data.domains:
+        if domain not in (data.domains if domains is None else domains):
             continue
         ids = data.document_ids(domain, split)
-        keep = branching.used(config, ids)
+        keep = branching.used(config, domain, ids)
         if partitions.by_document:
             own = partitions.assign(domain, ids) == k
             keep = own if keep is None else keep & own
         part = data.blocks(domain, split, keep=keep)
+        if split == "train":
+            canaries = kept_canaries(config, data, partitions, k, domain)
+            part = np.concatenate([part, data.canary_blocks(domain, canaries)])
         if len(part):
             parts.append(part)
             counts[domain] = len(part)
     return (np.concatenate(parts) if parts else None), counts
+
+
+def kept_canaries(
+    config: Config, data: ProcessedData, partitions: PartitionMap, k: int, domain: str
+) -> np.ndarray:
+    """Canaries (canaries,) bool of a domain that partition k is trained on, references too."""
+    ids = data.document_ids(domain, CANARY)
+    keep = branching.used(config, domain, ids)
+    keep = np.ones(len(ids), dtype=bool) if keep is None else keep
+    return keep & (partitions.assign(domain, ids) == k) if ids else keep
 
 
 def trained_rows(
@@ -400,10 +419,22 @@ def trained_rows(
         jobs.append((own, make_partition_map(own)))
     for made, assigned in jobs:
         if made.training.split == "train" and assigned.touched(domain):
-            keep = branching.used(made, ids)
+            keep = branching.used(made, domain, ids)
             keep = np.ones(len(ids), dtype=bool) if keep is None else keep
             groups = np.where(keep, assigned.assign(domain, ids), -1)
             found |= keep & data.packed(domain, "train", groups)
+    return found
+
+
+def excluded_in(config: Config, partitions: PartitionMap, k: int) -> dict[str, list[str]]:
+    """Documents that data.exclude_documents takes from partition k, by domain."""
+    found = {}
+    for domain, names in branching.excluded_documents(config).items():
+        if domain in partitions.members[k]:
+            ids = sorted(names)
+            own = partitions.assign(domain, ids) == k
+            if own.any():
+                found[domain] = [name for name, here in zip(ids, own, strict=True) if here]
     return found
 
 
@@ -418,8 +449,10 @@ def model_inputs(
     if not present:
         return None
     arguments, split = training_arguments(config, partitions.share(k)), config.training.split
+    excluded = excluded_in(config, partitions, k)
     return digest(
         {
+            **({"excluded": excluded} if excluded else {}),
             "model": model_section(config),
             "training": plain({n: v for n, v in arguments.items() if n != "logging_steps"}),
             "epochs": config.training.num_train_epochs,

@@ -2,16 +2,18 @@
 
 import shutil
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from tiered.branching import has_own_seed, outside_folder, seed_domains
 from tiered.config import Config, plain
-from tiered.data import ProcessedData
-from tiered.evaluation import RowScores, rows_table, write_rows
+from tiered.data import ProcessedData, listed_documents
+from tiered.evaluation import read_rows, rows_table, write_rows
+from tiered.metrics import UNDEFINED
 from tiered.partition import make_partition_map
 from tiered.record import SCORING_CODE, environment, peak_memory_bytes
 from tiered.router import (
@@ -32,20 +34,54 @@ from tiered.store import (
     write_json,
 )
 from tiered.training import missing_models, missing_seeds
-from tiered.unlearning.deletion import OPERATIONS, NotApplicable
+from tiered.unlearning.controls import control_draws
+from tiered.unlearning.measures import Judge
+from tiered.unlearning.operations import OPERATIONS
 from tiered.unlearning.protocol import (
     Losses,
     Measured,
-    ScoredRows,
     measure,
-    metrics,
     router_losses,
     scored_rows,
 )
-from tiered.unlearning.systems import Context, Outcome, load_system, write_system
+from tiered.unlearning.systems import (
+    Context,
+    Forget,
+    NotApplicable,
+    Outcome,
+    load_system,
+    write_system,
+)
 from tiered.workers import Call
 
-SCHEMA = 1
+SCHEMA = 2
+CONTROLS = ("mask-random", "mask-massmatched")  # measured over several draws
+_LOSSES = ("members", "holdout")
+# What decides the measures of an operation besides row scores.
+MEASURING_CODE = tuple(
+    f"tiered/{name}.py"
+    for name in ("metrics", "statistics", *(f"unlearning/{m}" for m in ("attacks", "measures")))
+)
+
+
+def forget_set(config: Config, data: ProcessedData, name: str) -> Forget:
+    """What an entry of unlearn.forget names: a domain, or the file of some of its documents."""
+    if name in config.all_domains:
+        return Forget(name, name)
+    listed = listed_documents(name)
+    where = f"unlearn.forget: {name}"
+    if len(listed) > 1:
+        raise UserError(f"{where} lists documents of {', '.join(listed)}; one domain per file")
+    ((domain, names),) = listed.items()
+    if domain not in data.domains:
+        raise UserError(f"{where}: {domain!r} is not a present domain ({', '.join(data.domains)})")
+    unknown = sorted(names - set(data.document_ids(domain, "train")))
+    if unknown:
+        raise UserError(
+            f"{where}: {unknown[0]!r} is no train document of {domain} ({len(unknown)} of"
+            f" {len(names)} are not; documents of other splits reach more than partition models)"
+        )
+    return Forget(Path(name).stem, domain, names, name)
 
 
 def open_run(config: Config) -> Context:
@@ -89,79 +125,233 @@ def open_run(config: Config) -> Context:
     return Context(config, data, partitions, models, config.run_dir / "router")
 
 
+def forget_sets(context: Context) -> list[Forget]:
+    """The forget sets of a run, in order; UserError where two would share a folder."""
+    config = context.config
+    found = [forget_set(config, context.data, name) for name in config.unlearn.forget]
+    names = [forget.name for forget in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"unlearn.forget: two entries are called {name!r}")
+    return found
+
+
+def seeded(context: Context, seed: int) -> Context:
+    """The run's context under another seed; the partition map and the data stay."""
+    return replace(context, config=replace(context.config, seed=seed))
+
+
+def gold_seeds(config: Config) -> list[int]:
+    """Seeds of the golds, the run's own first."""
+    return [config.seed + i for i in range(config.unlearn.gold_seeds)]
+
+
 def missing_gold_seeds(config: Config) -> dict[Path, Call]:
     """Calls that train the seed LMs that the gold retrains of a finished run still lack."""
     calls: dict[Path, Call] = {}
-    if not has_own_seed(config):
-        return calls
-    open_run(config)
-    for forget in config.unlearn.forget:
-        calls |= missing_seeds(config.without(forget))
+    if has_own_seed(config):
+        for without in _gold_configs(config):
+            calls |= missing_seeds(without)
     return calls
 
 
 def missing_golds(config: Config) -> dict[Path, Call]:
     """Calls that train what else the gold retrains of a finished run still lack."""
-    open_run(config)
     calls: dict[Path, Call] = {}
-    for forget in config.unlearn.forget:
-        without = config.without(forget)
+    for without in _gold_configs(config):
         calls |= missing_models(without, range(config.num_partitions)) | missing_embedder(without)
     return calls
 
 
-def benchmark_domain(context: Context, forget: str, bar: Any = None) -> dict[str, Any]:
-    """Metrics of every operation on one forget domain: operation -> metrics or words."""
-    outcomes: dict[str, Outcome] = {}
-    words: dict[str, str] = {}
-    operation_seconds: dict[str, float] = {}
-    for name in context.config.unlearn.operations:
-        if bar is not None:
-            bar.set_postfix_str(f"{forget}: {name}")
-        begin = time.perf_counter()
-        try:
-            outcomes[name] = OPERATIONS[name](context, forget)
-        except NotApplicable as reason:
-            words[name] = str(reason)
-        operation_seconds[name] = time.perf_counter() - begin
-    measured: dict[str, Measured] = {}
-    scored, losses = scored_rows(context, forget), {}
-    for name, outcome in outcomes.items():
-        folder = _folder(context, forget, name)
-        begin = time.perf_counter()
-        write_system(folder / "system", outcome, describe(context, forget, outcome, outcomes))
-        outcome.seconds += (time.perf_counter() - begin) * (name.startswith("delete"))
-        measured[name] = _measured(context, forget, scored, name, outcome, losses)
-    results: dict[str, Any] = {}
-    for name in context.config.unlearn.operations:
-        folder = _folder(context, forget, name)
-        if name in words:
+def _gold_configs(config: Config) -> Iterator[Config]:
+    context = open_run(config)
+    for forget in forget_sets(context):
+        for seed in gold_seeds(config):
+            yield seeded(context, seed).without(forget)
+
+
+class Bench:
+    """Every operation on one forget set: systems, row scores, measures; each resumed by hash."""
+
+    def __init__(self, context: Context, forget: Forget, bar: Any = None) -> None:
+        self.context, self.forget, self.bar = context, forget, bar
+        self.scored = scored_rows(context, forget)
+        self.names: list[str] = []  # in table order
+        self.outcomes: dict[str, Outcome] = {}
+        self.words: dict[str, str] = {}
+        self.measured: dict[str, Measured] = {}
+        self.keys: dict[str, str] = {}  # operation -> hash of what its row scores depend on
+        self.router_losses: dict[str, Losses] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Measures of every operation: operation -> measures or words."""
+        self._operate()
+        for name, outcome in self.outcomes.items():
+            self._say(f"{name}: scores")
+            folder, begin = self.folder(name), time.perf_counter()
+            description = describe(self.context, self.forget, outcome, self.outcomes)
+            write_system(folder / "system", outcome, description)
+            outcome.seconds += (time.perf_counter() - begin) * name.startswith("delete")
+            self.measured[name] = self._measured(name)
+        judge = Judge(self.context, self.forget, self.measured)
+        return {name: self._result(name, judge) for name in self.names}
+
+    def folder(self, operation: str) -> Path:
+        """Where an operation's results are kept."""
+        return self.context.config.run_dir / "unlearn" / self.forget.name / operation
+
+    def _say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{self.forget.name}: {text}")
+
+    def _operate(self) -> None:
+        """Outcomes of all operations in table order, golds of other seeds after gold."""
+        context, forget = self.context, self.forget
+        for name in context.config.unlearn.operations:
+            self._say(name)
+            self.names.append(name)
+            try:
+                self.outcomes[name] = OPERATIONS[name](context, forget)
+            except NotApplicable as reason:
+                self.words[name] = str(reason)
+            if name == "gold":
+                for seed in gold_seeds(context.config)[1:]:
+                    self._say(f"gold of seed {seed}")
+                    outcome = OPERATIONS["gold"](seeded(context, seed), forget)
+                    outcome.is_gold = True
+                    self.names.append(f"gold-seed-{seed}")
+                    self.outcomes[f"gold-seed-{seed}"] = outcome
+
+    def _measured(self, name: str) -> Measured:
+        """Row scores of an operation's system, from its rows.parquet if nothing has changed."""
+        context, forget, outcome = self.context, self.forget, self.outcomes[name]
+        folder, section = self.folder(name), context.config.unlearn
+        passes = ("attacks", "min_k_share", "neighbours", "neighbour_swaps", "grad_norm_rows")
+        key = digest(
+            {
+                "schema": SCHEMA,
+                "system": outcome.identity(),
+                "rows": [[*k, rows.hash()] for k, rows in self.scored.items()],
+                "router_rows": context.data.split_hash(forget.domain, "router"),
+                "calibration_rows": context.data.split_hash(forget.domain, "calibration"),
+                "router": plain(context.config.router),
+                "unlearn": {n: plain(getattr(section, n)) for n in passes},
+                "seed": context.config.seed,
+                "batch_rows": context.config.eval.batch_rows,
+                "environment": environment(context.config),
+                "code": code_hash(*SCORING_CODE),
+            }
+        )
+        self.keys[name] = key
+        inputs = folder / "inputs.json"
+        stored = inputs.is_file() and (folder / "rows.parquet").is_file()
+        if stored and read_json(inputs) == {"key": key} and not context.config.overwrite:
+            return self._stored(name)
+        model, hashes = load_system(context, folder / "system")
+        scores = measure(context, self.scored, model, hashes, outcome.allowed)
+        embedder = outcome.router / "embedder"
+        embedder_hash = content_hash(embedder) if embedder.is_dir() else ""
+        if embedder_hash not in self.router_losses:
+            self.router_losses[embedder_hash] = router_losses(context, forget, model)
+        measured = Measured(scores, *self.router_losses[embedder_hash])
+        inputs.unlink(missing_ok=True)
+        write_rows(folder / "rows.parquet", rows_table(measured.scores.values()))
+        losses = (measured.router_members, measured.router_holdout)
+        value = {n: None if v is None else v.tolist() for n, v in zip(_LOSSES, losses, strict=True)}
+        write_json(folder / "router_losses.json", value)
+        write_json(inputs, {"key": key})
+        return measured
+
+    def _stored(self, name: str) -> Measured:
+        """Measured from rows.parquet and router_losses.json."""
+        folder, scope = self.folder(name), self.context.config.router.scope
+        scores = read_rows(folder / "rows.parquet", self.scored, scope)
+        losses = read_json(folder / "router_losses.json")
+        arrays = [None if losses[n] is None else np.array(losses[n]) for n in _LOSSES]
+        return Measured(scores, arrays[0], arrays[1])
+
+    def _result(self, name: str, judge: Judge) -> dict[str, Any]:
+        """metrics.json of an operation; measured again only if what it depends on has changed."""
+        folder = self.folder(name)
+        if name in self.words:
             shutil.rmtree(folder, ignore_errors=True)
-            results[name] = {"operation": name, "forget": forget, "result": words[name]}
-        else:
-            results[name] = _result(context, forget, name, outcomes, measured)
-            _write_timings(folder, outcomes[name], outcomes["gold"])
-        write_json(folder / "metrics.json", results[name])
-    return results
+            result = {"operation": name, "forget": self.forget.name, "result": self.words[name]}
+            write_json(folder / "metrics.json", result)
+            return result
+        self._write_timings(name)
+        key = digest(
+            {
+                "rows": {n: self.keys[n] for n in self.keys if n in (name, "original")}
+                | {n: self.keys[n] for n in judge.golds},
+                "operation": name,
+                "config": _science(self.context.config),
+                "code": code_hash(*MEASURING_CODE),
+            }
+        )
+        path = folder / "metrics.json"
+        if path.is_file() and not self.context.config.overwrite:
+            known = read_json(path)
+            if known.get("key") == key:
+                return known
+        self._say(f"{name}: measures")
+        result = {"key": key, **self._facts(name)}
+        result |= judge.metrics(name, bool(self.outcomes[name].changed))
+        if name == "gold":
+            result["envelope"] = judge.envelope()
+        if name in CONTROLS:
+            draws = control_draws(self.context, self.forget, name, self.scored, folder / "system")
+            result["draws"] = judge.draws(draws)
+        write_json(path, result)
+        return result
 
+    def _facts(self, name: str) -> dict[str, Any]:
+        outcome, gold = self.outcomes[name], self.outcomes["gold"]
+        system = read_json(self.folder(name) / "system" / "system.json")
+        return {
+            "schema": SCHEMA,
+            "operation": name,
+            "forget": self.forget.name,
+            "config": digest(_science(self.context.config)),
+            "seed": self.context.config.seed,
+            "system": outcome.identity(),
+            **{k: system[k] for k in ("exact", "exact_given", "weights_removed", "residue")},
+            "removed": outcome.removed,
+            "rebuilt": outcome.rebuilt,
+            "changed": outcome.changed,
+            "cost": {
+                "tokens": outcome.tokens,
+                "tokens_relative_to_gold": round(outcome.tokens / gold.tokens, 6),
+                "models_trained": sum(r.startswith("model/") for r in outcome.rebuilt),
+            },
+        }
 
-def _folder(context: Context, forget: str, operation: str) -> Path:
-    return context.config.run_dir / "unlearn" / forget / operation
+    def _write_timings(self, name: str) -> None:
+        """RTE: wall seconds of the operation alone (recorded seconds where parts were reused)."""
+        outcome, gold = self.outcomes[name], self.outcomes["gold"]
+        value = {
+            "RTE_seconds": round(outcome.seconds, 4),
+            "RTE_relative_to_gold": round(outcome.seconds / gold.seconds, 6),
+            "reused": outcome.reused,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        write_json(self.folder(name) / TIMINGS, value)
 
 
 def describe(
-    context: Context, forget: str, outcome: Outcome, outcomes: dict[str, Outcome]
+    context: Context, forget: Forget, outcome: Outcome, outcomes: dict[str, Outcome]
 ) -> dict[str, Any]:
     """What is exact, what that rests on, and what still holds the domain.
 
     `exact`: every artefact of the system, those in `exact_given` apart, is bit for bit what gold
     has and no weight of the domain is left. A system with a map of its own is a gold itself.
     """
-    gold = outcome if outcome.own_map else outcomes["gold"]
+    gold = outcome if outcome.is_gold else outcomes["gold"]
     ids = {k: content_hash(path) for k, path in outcome.models.items()}
     gold_ids = {k: content_hash(path) for k, path in gold.models.items()}
-    given = [] if forget not in _tokenizer_domains(context) else ["tokenizer"]
-    if context.partitions.method == "cluster" and not outcome.own_map:
+    # its listed documents are of the train split, which trains no tokenizer
+    in_tokenizer = not forget.documents and forget.domain in _tokenizer_domains(context)
+    given = ["tokenizer"] if in_tokenizer else []
+    if context.partitions.method == "cluster" and not outcome.is_gold:
         given.append("map")  # fitted with the domain, and kept: gold has the same
     outside = context.config.model.init_from and not has_own_seed(context.config)
     if outside:
@@ -170,7 +360,7 @@ def describe(
         given.append("router")
     models_clean = all(gold_ids.get(k) == h for k, h in ids.items())
     if outside:  # where nothing is known of it, the claim rests on it
-        models_clean &= forget not in (seed_domains(outside_folder(context.config)) or [])
+        models_clean &= forget.domain not in (seed_domains(outside_folder(context.config)) or [])
     exact = outcome.weights_removed and models_clean
     return {
         "exact": exact,
@@ -193,111 +383,6 @@ def _tokenizer_domains(context: Context) -> list[str]:
     return sorted(context.data.manifest["tokenizer"]["trained_on"])
 
 
-def _measured(
-    context: Context,
-    forget: str,
-    scored: ScoredRows,
-    name: str,
-    outcome: Outcome,
-    losses: dict[str, Losses],
-) -> Measured:
-    """Row scores of an operation's system, from its rows.parquet if nothing has changed.
-
-    losses: those of routers already measured, by their content hash; this one's are added.
-    """
-    folder = _folder(context, forget, name)
-    key = digest(
-        {
-            "schema": SCHEMA,
-            "system": outcome.identity(),
-            "rows": [[*k, rows.hash()] for k, rows in scored.items()],
-            "router_rows": context.data.split_hash(forget, "router"),
-            "router": plain(context.config.router),
-            "batch_rows": context.config.eval.batch_rows,
-            "environment": environment(context.config),
-            "code": code_hash(*SCORING_CODE),
-        }
-    )
-    inputs = folder / "inputs.json"
-    stored = inputs.is_file() and (folder / "rows.parquet").is_file()
-    if stored and read_json(inputs) == {"key": key} and not context.config.overwrite:
-        return _read_measured(context, scored, folder)
-    model, hashes = load_system(context, folder / "system")
-    scores = measure(context, scored, model, hashes, outcome.allowed)
-    embedder = outcome.router / "embedder"
-    embedder_hash = content_hash(embedder) if embedder.is_dir() else ""
-    if embedder_hash not in losses:
-        losses[embedder_hash] = router_losses(context, forget, model)
-    measured = Measured(scores, *losses[embedder_hash])
-    inputs.unlink(missing_ok=True)
-    write_rows(folder / "rows.parquet", rows_table(measured.scores.values()))
-    _write_router_losses(folder, measured)
-    write_json(inputs, {"key": key})
-    return measured
-
-
-def _write_router_losses(folder: Path, measured: Measured) -> None:
-    losses = [measured.router_members, measured.router_holdout]
-    names = ("members", "holdout")
-    value = {n: None if v is None else v.tolist() for n, v in zip(names, losses, strict=True)}
-    write_json(folder / "router_losses.json", value)
-
-
-def _read_measured(context: Context, scored: ScoredRows, folder: Path) -> Measured:
-    """Measured from rows.parquet and router_losses.json."""
-    table = pq.read_table(folder / "rows.parquet")
-    splits, domains = (np.array(table[c].to_pylist()) for c in ("split", "domain"))
-    columns = {
-        c: table[c].to_numpy()
-        for c in ("loss_nats", "correct", "tokens", "bytes", "characters", "last_partition")
-    }
-    scores = {}
-    for (split, domain), rows in scored.items():
-        here = (splits == split) & (domains == domain)
-        values = {c: v[here] for c, v in columns.items()}
-        scores[split, domain] = RowScores(
-            rows=rows,
-            scope=context.config.router.scope,
-            loss_nats=values["loss_nats"],
-            correct=values["correct"],
-            tokens=values["tokens"],
-            num_bytes=values["bytes"],
-            num_chars=values["characters"],
-            last_partition=values["last_partition"],
-        )
-    losses = read_json(folder / "router_losses.json")
-    arrays = [None if losses[n] is None else np.array(losses[n]) for n in ("members", "holdout")]
-    return Measured(scores, arrays[0], arrays[1])
-
-
-def _result(
-    context: Context,
-    forget: str,
-    name: str,
-    outcomes: dict[str, Outcome],
-    measured: dict[str, Measured],
-) -> dict[str, Any]:
-    outcome, gold = outcomes[name], outcomes["gold"]
-    system = read_json(_folder(context, forget, name) / "system" / "system.json")
-    return {
-        "schema": SCHEMA,
-        "operation": name,
-        "forget": forget,
-        "config": digest(_science(context.config)),
-        "seed": context.config.seed,
-        "system": outcome.identity(),
-        **{k: system[k] for k in ("exact", "exact_given", "weights_removed", "residue")},
-        "removed": outcome.removed,
-        "rebuilt": outcome.rebuilt,
-        "cost": {
-            "tokens": outcome.tokens,
-            "tokens_relative_to_gold": round(outcome.tokens / gold.tokens, 6),
-            "models_trained": sum(r.startswith("model/") for r in outcome.rebuilt),
-        },
-        **metrics(context, forget, measured, name),
-    }
-
-
 def _science(config: Config) -> dict[str, Any]:
     """The config without what cannot change a result."""
     value = plain(config)
@@ -308,38 +393,25 @@ def _science(config: Config) -> dict[str, Any]:
     return value
 
 
-def _write_timings(folder: Path, outcome: Outcome, gold: Outcome) -> None:
-    """RTE: wall seconds of the operation alone (recorded training seconds where reused)."""
-    path = folder / TIMINGS
-    write_json(
-        path,
-        {
-            "RTE_seconds": round(outcome.seconds, 4),
-            "RTE_relative_to_gold": round(outcome.seconds / gold.seconds, 6),
-            "reused": outcome.reused,
-            "peak_memory_bytes": peak_memory_bytes(),
-        },
-    )
-
-
 def print_table(config: Config, results: dict[str, Any]) -> None:
     """The few columns that tell the story, one line per operation."""
     print(f"{config.name} ({config.partition.method}, n = {config.partition.n})")
-    head = f"{'forget':8}{'operation':12}{'UA':>8}{'UA_norm':>11}{'bpb test':>10}{'bpb far':>9}"
-    print(head + f"{'AUC x16':>11}{'exact':>7}{'tokens':>12}")
+    columns = ("UA", "UA_norm", "bpb test", "bpb near", "bpb far", "AUC", "verdict", "exact")
+    widths = (8, 11, 10, 10, 9, 11, 17, 7)
+    head = "".join(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True))
+    print(f"{'forget':10}{'operation':18}{head}{'tokens':>12}")
     for forget, operations in results.items():
         for name, r in operations.items():
             if "result" in r:
-                print(f"{forget:8}{name:12}{r['result']}")
+                print(f"{forget:10}{name:18}{r['result']}")
                 continue
-            cells = r["AUC"]["LOSS"]
-            repeated = cells[max((k for k in cells if k != "all"), key=int)]
-            print(
-                f"{forget:8}{name:12}{r['UA']:8.3f}{_cell(r['UA_norm']):>11}"
-                f"{r['bpb']['test']:10.3f}{_cell(r['bpb']['retain']['far']):>9}"
-                f"{_cell(repeated):>11}{'yes' if r['exact'] else 'no':>7}"
-                f"{r['cost']['tokens']:12,}"
-            )
+            cells = r["AUC"].get("LOSS", {"all": UNDEFINED})
+            repeated = cells[max(cells, key=lambda k: -1 if k == "all" else int(k))]
+            retain = r["bpb"]["retain"]
+            values = [r["UA"], r["UA_norm"], r["bpb"]["test"], retain["near"], retain["far"]]
+            values += [repeated, r["verdict"], "yes" if r["exact"] else "no"]
+            line = "".join(f"{_cell(v):>{w}}" for v, w in zip(values, widths, strict=True))
+            print(f"{forget:10}{name:18}{line}{r['cost']['tokens']:12,}")
 
 
 def _cell(value: Any) -> str:

@@ -5,7 +5,6 @@ from. `NotApplicable` carries the words that the table prints instead of numbers
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,25 +16,21 @@ from tiered.partition import cluster_map
 from tiered.router import build_clusters, build_router, load_router, save_router
 from tiered.store import TIMINGS, content_hash, digest, is_complete, read_json
 from tiered.training import train_partition, train_seed
-from tiered.unlearning.systems import Context, Outcome, recorded_cost
+from tiered.unlearning.systems import Context, Forget, NotApplicable, Outcome, recorded_cost
 
 
-class NotApplicable(Exception):
-    """An operation that makes no sense for this partition map; its text is printed."""
-
-
-def original(context: Context, forget: str) -> Outcome:
+def original(context: Context, forget: Forget) -> Outcome:
     """The run as trained, forget domain included."""
     return Outcome(models=dict(context.models), router=context.router)
 
 
-def gold(context: Context, forget: str) -> Outcome:
+def gold(context: Context, forget: Forget) -> Outcome:
     """The system trained from scratch without the forget domain, router included.
 
     Partition models that never saw the domain are bit-identical (isolation), so they are taken
     from the store; cost counts all of them, as a retrain from scratch would.
     """
-    models, seed = _models_without(context, forget, context.config.overwrite)
+    models, seed = models_without(context, forget, context.config.overwrite)
     router = _router_without(context, forget, context.config.overwrite)
     outcome = _rebuilt(models, router, models, seed)
     originals = {k: content_hash(path) for k, path in context.models.items()}
@@ -45,12 +40,12 @@ def gold(context: Context, forget: str) -> Outcome:
     return outcome
 
 
-def gold_recluster(context: Context, forget: str) -> Outcome:
+def gold_recluster(context: Context, forget: Forget) -> Outcome:
     """Gold of a cluster map that is itself fitted without the domain: other clusters, so that no
     model of the run can be compared with it one by one."""
     if context.partitions.method != "cluster":
         raise NotApplicable(f"{NOT_APPLICABLE}: the map was not fitted to data")
-    config = context.config.without(forget)
+    config = context.without(forget)
     data = ProcessedData(config)
     try:
         clusters = build_clusters(config, data)
@@ -58,15 +53,15 @@ def gold_recluster(context: Context, forget: str) -> Outcome:
         raise NotApplicable(f"{NOT_APPLICABLE}: {error}") from None
     partitions = cluster_map(config, clusters)
     fitted = replace(context, partitions=partitions)
-    models, seed = _models_without(fitted, forget, config.overwrite)
+    models, seed = models_without(fitted, forget, config.overwrite)
     outcome = _rebuilt(models, build_router(config, data, partitions), models, seed)
     outcome.seconds += recorded_cost([clusters])[1]
     outcome.rebuilt.insert(0, "map")
-    outcome.own_map = True
+    outcome.is_gold = True
     return outcome
 
 
-def delete_s0(context: Context, forget: str) -> Outcome:
+def delete_s0(context: Context, forget: Forget) -> Outcome:
     """Route-off: the partitions that hold the domain are never chosen; their weights stay."""
     touched = _removable(context, forget)
     begin = time.perf_counter()
@@ -79,7 +74,7 @@ def delete_s0(context: Context, forget: str) -> Outcome:
     )
 
 
-def delete_s1(context: Context, forget: str) -> Outcome:
+def delete_s1(context: Context, forget: Forget) -> Outcome:
     """Drop the partitions that hold the domain: their models and centroids."""
     touched = _removable(context, forget)
     begin = time.perf_counter()
@@ -105,7 +100,7 @@ def delete_s1(context: Context, forget: str) -> Outcome:
     )
 
 
-def delete_s2(context: Context, forget: str) -> Outcome:
+def delete_s2(context: Context, forget: Forget) -> Outcome:
     """Drop as S1 and rebuild the router without the domain's data."""
     touched = _removable(context, forget)
     models = {k: path for k, path in context.models.items() if k not in touched}
@@ -115,15 +110,15 @@ def delete_s2(context: Context, forget: str) -> Outcome:
     return outcome
 
 
-def sisa(context: Context, forget: str) -> Outcome:
+def sisa(context: Context, forget: Forget) -> Outcome:
     """Retrain only the partitions that saw the domain, without it; rebuild the router.
 
     (Sharded, isolated, sliced, aggregated training: arXiv:1912.03817.) Equal inputs are never
     trained twice: gold's partition models are reused with their recorded seconds. They start from
     a seed LM without the domain; the partitions that stay had started from one with it.
     """
-    touched = context.partitions.touched(forget)
-    gold_models, seed = _models_without(context, forget)
+    touched = context.touched(forget)
+    gold_models, seed = models_without(context, forget)
     retrained = {k: gold_models[k] for k in touched if k in gold_models}
     kept = {k: path for k, path in context.models.items() if k not in touched}
     outcome = _rebuilt(
@@ -134,31 +129,20 @@ def sisa(context: Context, forget: str) -> Outcome:
     return outcome
 
 
-OPERATIONS: dict[str, Callable[[Context, str], Outcome]] = {
-    "original": original,
-    "gold": gold,
-    "gold-recluster": gold_recluster,
-    "delete-S0": delete_s0,
-    "delete-S1": delete_s1,
-    "delete-S2": delete_s2,
-    "sisa": sisa,
-}
-
-
-def _removable(context: Context, forget: str) -> tuple[int, ...]:
+def _removable(context: Context, forget: Forget) -> tuple[int, ...]:
     """Partitions that a deletion of the domain removes; NotApplicable if none would be left."""
-    touched = context.partitions.touched(forget)
+    touched = context.touched(forget)
     if not set(context.models) - set(touched):
         raise NotApplicable(f"{NOT_APPLICABLE}: removes all {context.partitions.n} models")
     return touched
 
 
-def _models_without(
-    context: Context, forget: str, overwrite: bool = False
+def models_without(
+    context: Context, forget: Forget, overwrite: bool = False
 ) -> tuple[dict[int, Path], Path | None]:
     """Models of a world without the domain and its own seed LM (None: there is none); only gold
     trains anew under `overwrite`."""
-    config = replace(context.config.without(forget), overwrite=overwrite)
+    config = replace(context.without(forget), overwrite=overwrite)
     data = ProcessedData(config)
     seed = train_seed(config, data)
     models = {}
@@ -169,8 +153,8 @@ def _models_without(
     return models, seed if has_own_seed(config) else None
 
 
-def _router_without(context: Context, forget: str, overwrite: bool = False) -> Path:
-    config = replace(context.config.without(forget), overwrite=overwrite)
+def _router_without(context: Context, forget: Forget, overwrite: bool = False) -> Path:
+    config = replace(context.without(forget), overwrite=overwrite)
     return build_router(config, ProcessedData(config), context.partitions)
 
 

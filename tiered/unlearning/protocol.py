@@ -1,39 +1,36 @@
-"""What is scored for a forget domain, and the metrics with their words.
+"""What is scored for a forget set, and the pass that scores it.
 
-For a forget domain f: members M_f (train rows), holdout H_f, test T_f; for every other domain d
-members M_d and test rows T_d. One row per document, so rows are the units of every resampling.
+For a forget set in domain f: members M_f (trained rows that are to go), holdout H_f and test T_f
+rows; for every retained domain d members M_d and test rows T_d. One row per document, so rows are
+the units of every resampling. Scored rows are keyed by (split, domain), M_f by ("forget", f).
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from tiered.config import CANARY
 from tiered.data import Rows
-from tiered.evaluation import RowScores, score_cache, score_domain
-from tiered.metrics import (
-    NO_POWER,
-    NONE,
-    NOT_APPLICABLE,
-    UNDEFINED,
-    auc,
-    bootstrap_auc,
-    has_power,
-    kolmogorov_smirnov,
-    median_efficacy,
-    normalised_unlearning,
-    paired_error,
-)
+from tiered.evaluation import RowScores, assignments, router_scores, score_cache, sum_rows
 from tiered.modeling_tiered import Level1Embedder, TieredForCausalLM
-from tiered.scoring import score_prefixes
-from tiered.store import UserError, seed_of
-from tiered.training import trained_rows
-from tiered.unlearning.systems import Context
+from tiered.scoring import ScoreCache, TokenScores, score_prefixes, score_rows
+from tiered.store import UserError
+from tiered.unlearning.attacks import (
+    gradient_norms,
+    neighbour_loss,
+    recall_losses,
+    row_statistics,
+    zlib_bytes,
+)
+from tiered.unlearning.sets import distinct_from_train
+from tiered.unlearning.systems import Context, Forget
 
 Scores = dict[tuple[str, str], RowScores]  # (split, domain) -> row scores
 ScoredRows = dict[tuple[str, str], Rows]  # (split, domain) -> rows
 Losses = tuple[np.ndarray | None, np.ndarray | None]  # a router's: trained rows, holdout
+ATTACKED = ("forget", "holdout")  # splits whose rows the membership attacks compare
 
 
 @dataclass
@@ -45,25 +42,92 @@ class Measured:
     router_holdout: np.ndarray | None
 
 
-def scored_rows(context: Context, forget: str) -> ScoredRows:
-    """The rows of a forget domain's protocol, in a fixed order."""
-    unlearn, data = context.config.unlearn, context.data
-    rows = {}
-    for domain in (forget, *(d for d in data.domains if d != forget)):
-        count = unlearn.forget_rows if domain == forget else unlearn.retain_rows
-        trained = trained_rows(context.config, data, context.partitions, domain)
-        rows["train", domain] = data.rows(domain, "train", count, trained)
-        if domain == forget:
-            rows["holdout", domain] = data.rows(domain, "holdout", count)
-        rows["test", domain] = data.rows(domain, "test", count)
+def scored_rows(context: Context, forget: Forget) -> ScoredRows:
+    """The rows of a forget set's protocol, in a fixed order."""
+    unlearn, data, f = context.config.unlearn, context.data, forget.domain
+    rows = {
+        ("forget", f): replace(context.members(forget, unlearn.forget_rows), split="forget"),
+        ("holdout", f): holdout_rows(context, f),
+        ("test", f): data.rows(f, "test", unlearn.forget_rows),
+    }
+    canaries = data.rows(f, CANARY)
+    if canaries.document_ids and not forget.documents:  # they are the domain's, not a document's
+        rows[CANARY, f] = canaries
+    for d in context.retained(forget):
+        rows["train", d] = context.retained_members(forget, d, unlearn.retain_rows)
+        if d != f:
+            rows["test", d] = data.rows(d, "test", unlearn.retain_rows)
     for (split, domain), found in rows.items():
         if not found.document_ids:
-            kind = "member" if split == "train" else split
+            kind = "member" if split in ("forget", "train") else split
             raise UserError(
                 f"unlearn.forget: domain {domain} has no {kind} row of {data.block_size} tokens;"
                 " lower data.block_size or give it more text"
             )
     return rows
+
+
+def holdout_rows(context: Context, domain: str) -> Rows:
+    """H_f: rows of the same pool that no model read, and that share no passage with train."""
+    section, rows = context.config.unlearn, context.data.rows(domain, "holdout")
+    chosen = distinct_from_train(context.data, rows, section.max_overlap)
+    return rows.only(chosen, section.forget_rows)
+
+
+class Scorer:
+    """Scores rows of tokens under one system and the run's routing scope."""
+
+    def __init__(
+        self,
+        context: Context,
+        model: TieredForCausalLM,
+        cache: ScoreCache,
+        allowed: list[int] | None,
+    ) -> None:
+        self.context, self.model, self.cache, self.allowed = context, model, cache, allowed
+
+    def tokens(self, ids: np.ndarray, z: bool = False) -> tuple[TokenScores, torch.Tensor]:
+        """Scores of every position of ids (R, T), and its partition (R, S)."""
+        config = self.context.config
+        scope, batch_rows = config.router.scope, config.eval.batch_rows
+        routed = router_scores(self.model, ids, batch_rows, self.allowed)
+        chosen = assignments(routed, (scope,), config, None)
+        found = score_rows(self.model, ids, chosen, batch_rows, self.cache, z=z)
+        return found[scope], chosen[scope]
+
+    def rows(self, rows: Rows, attacked: bool) -> RowScores:
+        """Sums of every row; attacked: with the statistics that membership attacks need."""
+        tokens, assignment = self.tokens(rows.input_ids, z=attacked)
+        sums = sum_rows(rows, self.context.config.router.scope, tokens, assignment)
+        if attacked:
+            sums.extra = self._statistics(rows, tokens, sums)
+        return sums
+
+    def _statistics(
+        self, rows: Rows, tokens: TokenScores, sums: RowScores
+    ) -> dict[str, np.ndarray]:
+        section, context = self.context.config.unlearn, self.context
+        texts = context.data.tokenizer.batch_decode(rows.input_ids)
+        found = row_statistics(tokens, section.min_k_share) | {"zlib_bytes": zlib_bytes(texts)}
+
+        def score(ids: np.ndarray) -> np.ndarray:
+            return self.tokens(ids)[0].nll
+
+        whole = tokens.scored.all()
+        if "neighbourhood" in section.attacks and whole:
+            found["neighbour_loss"] = neighbour_loss(context.config, context.data, rows, score)
+        prefix = context.data.rows(rows.domain, "calibration", 1).input_ids
+        if "ReCaLL" in section.attacks and whole and len(prefix):
+            half = prefix[0, : rows.input_ids.shape[1] // 2]
+            found |= recall_losses(half, rows, tokens.nll, score)
+        if "GradNorm" in section.attacks:
+            count = len(rows.input_ids)
+            chosen = np.linspace(0, count - 1, min(count, section.grad_norm_rows)).astype(int)
+            found["grad_norm"] = np.full(count, np.nan)
+            found["grad_norm"][chosen] = gradient_norms(
+                self.model, rows.input_ids[chosen], sums.last_partition[chosen]
+            )
+        return found
 
 
 def measure(
@@ -72,191 +136,30 @@ def measure(
     model: TieredForCausalLM,
     hashes: dict[int, str],
     allowed: list[int] | None,
+    splits: Iterable[str] = ("forget", "holdout", "test", "train", CANARY),
 ) -> Scores:
-    """Row scores of a system under the run's routing scope."""
-    config = context.config
-    cache = score_cache(config, hashes)
-    scores = {}
-    for key, rows in scored.items():
-        found, _ = score_domain(config, model, rows, (config.router.scope,), None, allowed, cache)
-        scores[key] = found[config.router.scope]
-    return scores
+    """Row scores of a system under the run's routing scope; hashes: what each model is."""
+    scorer = Scorer(context, model, score_cache(context.config, hashes), allowed)
+    wanted = set(splits)
+    return {
+        key: scorer.rows(rows, key[0] in ATTACKED)
+        for key, rows in scored.items()
+        if key[0] in wanted
+    }
 
 
-def router_losses(context: Context, forget: str, model: TieredForCausalLM) -> Losses:
+def router_losses(context: Context, forget: Forget, model: TieredForCausalLM) -> Losses:
     """Mean nats per row of the Level-1 embedder LM: its training rows of f, holdout rows of f."""
     embedder = model.router.embedder
     losses, data, config = [], context.data, context.config
-    if not isinstance(embedder, Level1Embedder) or forget in config.data.added_domains:
-        return None, None  # it is no language model, or was not trained on the domain
-    trained = data.packed(forget, "router", limit_tokens=config.router.tokens_per_domain)
+    untrained = forget.documents or forget.domain in config.data.added_domains
+    if not isinstance(embedder, Level1Embedder) or untrained:
+        return None, None  # it is no language model, or was not trained on the forget set
+    limit = config.router.tokens_per_domain
+    trained = data.packed(forget.domain, "router", limit_tokens=limit)
     for split, only in (("router", trained), ("holdout", None)):
-        rows = data.rows(forget, split, config.unlearn.forget_rows, only)
+        rows = data.rows(forget.domain, split, config.unlearn.forget_rows, only)
         ids = torch.from_numpy(np.ascontiguousarray(rows.input_ids))
-        nll, _ = score_prefixes(embedder, ids, ids.shape[1] - 1, config.eval.batch_rows)
+        nll = score_prefixes(embedder, ids, ids.shape[1] - 1, config.eval.batch_rows)["nll"]
         losses.append(nll.double().mean(1).numpy())
     return losses[0], losses[1]
-
-
-def neighbours(context: Context, forget: str) -> tuple[list[str], list[str]]:
-    """Present domains that share a partition with f (near) and those that do not (far)."""
-    touched = set(context.partitions.touched(forget))
-    others = [d for d in context.data.domains if d != forget]
-    near = [d for d in others if touched & set(context.partitions.touched(d))]
-    return near, [d for d in others if d not in near]
-
-
-def accuracy_over(scores: Scores, split: str, domains: list[str]) -> float | str:
-    """Accuracy on the union of the domains' rows; the word `none` without domains."""
-    if not domains:
-        return NONE
-    parts = [scores[split, d] for d in domains]
-    return _number(sum(p.correct.sum() for p in parts) / sum(p.tokens.sum() for p in parts))
-
-
-def bpb_over(scores: Scores, split: str, domains: list[str]) -> float | str:
-    """Macro mean of bits per byte over domains; the word `none` without domains."""
-    return _number(np.mean([scores[split, d].bpb() for d in domains])) if domains else NONE
-
-
-def metrics(
-    context: Context, forget: str, measured: dict[str, Measured], operation: str
-) -> dict[str, Any]:
-    """All measures of one operation; `measured` holds at least original and gold."""
-    u, o = measured[operation].scores, measured["original"].scores
-    g = measured["gold"].scores
-    near, far = neighbours(context, forget)
-    groups = {"all": near + far, "near": near, "far": far}
-    result: dict[str, Any] = {
-        "UA": _number(1 - u["train", forget].accuracy()),
-        "UA_norm": ua_norm(o["train", forget], u["train", forget], g["train", forget]),
-        "RA": {name: accuracy_over(u, "train", ds) for name, ds in groups.items()},
-        "TA": {name: accuracy_over(u, "test", ds) for name, ds in groups.items()},
-        "TA_f": _number(u["test", forget].accuracy()),
-        "MIA_efficacy": _efficacy(u, forget),
-        "bpb": {
-            "members": _number(u["train", forget].bpb()),
-            "holdout": _number(u["holdout", forget].bpb()),
-            "test": _number(u["test", forget].bpb()),
-            "retain": {name: bpb_over(u, "test", ds) for name, ds in groups.items()},
-        },
-        "far_rows_changed": _changed_rows(o, u, far),
-        "rows": {
-            "members": len(u["train", forget].tokens),
-            "holdout": len(u["holdout", forget].tokens),
-        },
-    }
-    gold_accuracy = {
-        "UA": 1 - g["train", forget].accuracy(),
-        "RA": accuracy_over(g, "train", near + far),
-        "TA": accuracy_over(g, "test", near + far),
-        "MIA_efficacy": _efficacy(g, forget),
-    }
-    own = {**result, "RA": result["RA"]["all"], "TA": result["TA"]["all"]}
-    gaps = [abs(own[k] - v) for k, v in gold_accuracy.items() if v != NONE]
-    result["gap_to_gold"] = _number(np.mean(gaps))
-    d, p = kolmogorov_smirnov(u["train", forget].mean_loss, g["train", forget].mean_loss)
-    result["KS_to_gold"] = {"D": _number(d), "p": _number(p)}
-    result["AUC"] = membership(context, forget, measured, operation)
-    result["router_AUC"] = router_membership(context, forget, measured, operation)
-    return result
-
-
-def ua_norm(original: RowScores, unlearnt: RowScores, gold: RowScores) -> float | str:
-    """UA_norm on member rows; `undefined` where original and gold differ by less than 2 SE."""
-    row_o, row_g = original.correct / original.tokens, gold.correct / gold.tokens
-    if abs(row_o.mean() - row_g.mean()) < 2 * paired_error(row_o, row_g):
-        return UNDEFINED
-    accuracies = [s.accuracy() for s in (original, unlearnt, gold)]
-    return (
-        UNDEFINED if accuracies[0] == accuracies[2] else _number(normalised_unlearning(*accuracies))
-    )
-
-
-def membership(
-    context: Context, forget: str, measured: dict[str, Measured], operation: str
-) -> dict[str, Any]:
-    """AUC of attacks within the forget domain, by how often a member occurred in training.
-
-    Every cell passes the power gate on the original system first. `reference` subtracts the
-    same-seed gold's loss, so gold's own row is undefined.
-    """
-    o, u, g = (measured[name].scores for name in ("original", operation, "gold"))
-    occurrences = u["train", forget].rows.occurrences
-    result: dict[str, Any] = {}
-    for attack in ("LOSS", "reference"):
-        result[attack] = {}
-        for times in ["all", *(int(t) for t in np.unique(occurrences))]:
-            chosen = np.full(len(occurrences), True) if times == "all" else occurrences == times
-            if attack == "reference" and operation == "gold":
-                result[attack][str(times)] = UNDEFINED
-                continue
-            pairs = [_attack_scores(attack, s, g, forget, chosen) for s in (o, u)]
-            seed = seed_of(context.config.seed, "bootstrap", forget, attack, str(times))
-            result[attack][str(times)] = _gated_auc(context, pairs[0], pairs[1], seed)
-    plain = result["LOSS"]["all"]
-    result["PrivLeak"] = _privacy_leak(plain, u, g, forget)
-    return result
-
-
-def router_membership(
-    context: Context, forget: str, measured: dict[str, Measured], operation: str
-) -> Any:
-    """LOSS AUC of the Level-1 embedder: its training rows of f against f's holdout."""
-    o, u = measured["original"], measured[operation]
-    if o.router_members is None or u.router_members is None:
-        return NOT_APPLICABLE
-    seed = seed_of(context.config.seed, "bootstrap", forget, "router")
-    pairs = [(m.router_members, m.router_holdout) for m in (o, u)]
-    return _gated_auc(context, pairs[0], pairs[1], seed)
-
-
-def _attack_scores(
-    attack: str, scores: Scores, gold: Scores, forget: str, chosen: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    members, holdout = scores["train", forget].mean_loss, scores["holdout", forget].mean_loss
-    if attack == "reference":
-        members = members - gold["train", forget].mean_loss
-        holdout = holdout - gold["holdout", forget].mean_loss
-    return members[chosen], holdout
-
-
-def _gated_auc(
-    context: Context,
-    original: tuple[np.ndarray, np.ndarray],
-    unlearnt: tuple[np.ndarray, np.ndarray],
-    seed: int,
-) -> Any:
-    """AUC with interval, or `undefined` (no rows) or `no power` (the original is not attacked)."""
-    if min(len(original[0]), len(original[1])) < 2:
-        return UNDEFINED
-    samples = context.config.unlearn.bootstrap_samples
-    if not has_power(bootstrap_auc(*original, samples, np.random.default_rng(seed))):
-        return NO_POWER
-    return bootstrap_auc(*unlearnt, samples, np.random.default_rng(seed)).as_json()
-
-
-def _privacy_leak(cell: Any, u: Scores, g: Scores, forget: str) -> float | str:
-    """PrivLeak = (AUC'_u - AUC'_g) / AUC'_g * 100 with AUC' = 1 - AUC (0: as gold)."""
-    if not isinstance(cell, dict):
-        return cell
-    values = [1 - auc(s["train", forget].mean_loss, s["holdout", forget].mean_loss) for s in (u, g)]
-    return _number((values[0] - values[1]) / values[1] * 100) if values[1] else UNDEFINED
-
-
-def _efficacy(scores: Scores, forget: str) -> float:
-    members, holdout = scores["train", forget].mean_loss, scores["holdout", forget].mean_loss
-    return _number(median_efficacy(members, holdout))
-
-
-def _changed_rows(original: Scores, unlearnt: Scores, far: list[str]) -> str:
-    """How many far test rows have another loss than before, bit for bit, of how many."""
-    if not far:
-        return NONE
-    before = np.concatenate([original["test", d].loss_nats for d in far])
-    after = np.concatenate([unlearnt["test", d].loss_nats for d in far])
-    return f"{int((before != after).sum())} of {len(before)}"
-
-
-def _number(value: float) -> float:
-    return round(float(value), 6)

@@ -4,17 +4,56 @@ system/router/, system/models/<k>/ are hard links of what is unchanged; system/s
 what is exact, what the claim rests on, and what the operation does not touch.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from transformers import PreTrainedModel
+
 from tiered.config import Config
-from tiered.data import ProcessedData
+from tiered.data import ProcessedData, Rows
 from tiered.modeling_tiered import TieredForCausalLM
 from tiered.partition import PartitionMap
+from tiered.record import device_of, environment
 from tiered.router import load_models, load_router, tiered_model
-from tiered.store import TIMINGS, atomic_folder, content_hash, link_tree, read_json, write_json
+from tiered.store import (
+    TIMINGS,
+    UserError,
+    atomic_folder,
+    code_hash,
+    content_hash,
+    digest,
+    is_complete,
+    link_tree,
+    read_json,
+    verify,
+    write_json,
+)
+from tiered.training import trained_rows
+
+EDITING_CODE = ("tiered/unlearning/purge.py", "tiered/unlearning/gradient.py")
+
+
+class NotApplicable(Exception):
+    """An operation that makes no sense for this run and forget set; its text is printed."""
+
+
+@dataclass(frozen=True)
+class Forget:
+    """What is removed: a domain, or (documents) some train documents of it, listed in a file."""
+
+    name: str
+    domain: str
+    documents: frozenset[str] = frozenset()
+    path: str = ""
+
+    def identity(self) -> list[Any]:
+        """What is removed, for hashes and seeds."""
+        return [self.domain, sorted(self.documents)]
 
 
 @dataclass(frozen=True)
@@ -27,6 +66,48 @@ class Context:
     models: dict[int, Path]
     router: Path
 
+    def without(self, forget: Forget) -> Config:
+        """The config of a world in which nobody had the forget set."""
+        if not forget.documents:
+            return self.config.without(forget.domain)
+        return replace(self.config, data=replace(self.config.data, exclude_documents=forget.path))
+
+    def touched(self, forget: Forget) -> tuple[int, ...]:
+        """Partitions that hold at least one document of the forget set."""
+        if not forget.documents:
+            return self.partitions.touched(forget.domain)
+        found = self.partitions.assign(forget.domain, sorted(forget.documents))
+        return tuple(sorted(set(found.tolist())))
+
+    def trained(self, domain: str) -> np.ndarray:
+        """Train documents (documents,) bool whose first row a model of the run was trained on."""
+        return trained_rows(self.config, self.data, self.partitions, domain)
+
+    def members(self, forget: Forget, count: int) -> Rows:
+        """M_f: trained rows of the forget set, repeated ones first, at most `count` (0: all)."""
+        chosen = self.trained(forget.domain)
+        if forget.documents:
+            ids = self.data.document_ids(forget.domain, "train")
+            chosen &= np.isin(ids, sorted(forget.documents))
+        return self.data.rows(forget.domain, "train", count, chosen)
+
+    def retained_members(self, forget: Forget, domain: str, count: int) -> Rows:
+        """M_d: trained rows of a retained domain, those of the forget set left out."""
+        chosen = self.trained(domain)
+        if forget.documents and domain == forget.domain:
+            chosen &= ~np.isin(self.data.document_ids(domain, "train"), sorted(forget.documents))
+        return self.data.rows(domain, "train", count, chosen)
+
+    def retained(self, forget: Forget) -> list[str]:
+        """Present domains of which anything is left."""
+        return [d for d in self.data.domains if forget.documents or d != forget.domain]
+
+    def neighbours(self, forget: Forget) -> tuple[list[str], list[str]]:
+        """Retained domains that share a partition with the forget set (near), and others (far)."""
+        touched, retained = set(self.touched(forget)), self.retained(forget)
+        near = [d for d in retained if touched & set(self.partitions.touched(d))]
+        return near, [d for d in retained if d not in near]
+
 
 @dataclass
 class Outcome:
@@ -34,8 +115,9 @@ class Outcome:
 
     tokens: training tokens x passes; seconds: with the recorded time of what was reused;
     allowed: partitions that may be routed to (None: all); removed / rebuilt: names of artefacts;
-    reused: those rebuilt that equal inputs had already made; own_map: the partition map was fitted
-    anew as well, so that gold is no measure of its parts.
+    changed: models that were edited; reused: artefacts that equal inputs had already made;
+    is_gold: never saw the domain, though its parts are not those of the run's own gold (another
+    seed, or a partition map fitted anew).
     """
 
     models: dict[int, Path]
@@ -47,7 +129,21 @@ class Outcome:
     reused: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     rebuilt: list[str] = field(default_factory=list)
-    own_map: bool = False
+    changed: list[str] = field(default_factory=list)
+    is_gold: bool = False
+
+    @classmethod
+    def of_edits(cls, context: Context, edits: dict[int, tuple[Path, bool]]) -> "Outcome":
+        """The run with some models edited: partition -> (folder, whether it was there before)."""
+        tokens, seconds = recorded_cost(path for path, _ in edits.values())
+        return cls(
+            models=context.models | {k: path for k, (path, _) in edits.items()},
+            router=context.router,
+            tokens=tokens,
+            seconds=seconds,
+            changed=[f"model/{k}" for k in edits],
+            reused=[f"model/{k}" for k, (_, there) in edits.items() if there],
+        )
 
     def identity(self) -> dict[str, Any]:
         """Content hashes of the system's parts."""
@@ -56,6 +152,42 @@ class Outcome:
             "router": content_hash(self.router),
             "allowed": self.allowed,
         }
+
+
+def edited(
+    context: Context,
+    k: int,
+    inputs: dict[str, Any],
+    edit: Callable[[PreTrainedModel], dict[str, Any]],
+    begin: float,
+) -> tuple[Path, bool]:
+    """Folder of partition k's model after an edit in place, and whether the store had it already.
+
+    inputs: what decides the edit besides the model; edit: returns entries of record.json, with
+    `tokens` (those trained on); begin: when the operation began, as time.perf_counter() says it.
+    """
+    source, config = context.models[k], context.config
+    made_from = {"model": content_hash(source), **inputs}
+    key = digest([made_from, environment(config), code_hash(*EDITING_CODE)])
+    folder = config.store_dir / "edited" / key
+    if is_complete(folder) and not config.overwrite:
+        verify(folder)
+        return folder, True
+    model = load_models({k: source})[k].to(device_of(config))
+    record = edit(model)
+    for name, values in model.state_dict().items():
+        if values.is_floating_point() and not values.isfinite().all():
+            raise UserError(
+                f"{inputs['operation']}: {name} is not finite after it; lower its rate?"
+            )
+    with atomic_folder(folder) as path:
+        model.to("cpu").eval().save_pretrained(path)
+        for name in source.iterdir():
+            if "tokenizer" in name.name:
+                shutil.copy(name, path)
+        write_json(path / "record.json", {"inputs": made_from, **record})
+        write_json(path / TIMINGS, {"seconds": time.perf_counter() - begin})
+    return folder, False
 
 
 def write_system(folder: Path, outcome: Outcome, description: dict[str, Any]) -> None:

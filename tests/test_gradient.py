@@ -1,0 +1,206 @@
+"""Gradient methods: losses by hand, the loop's books, what an edit must not touch."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tiered.config import load
+from tiered.data import ProcessedData
+from tiered.metrics import NOT_APPLICABLE
+from tiered.partition import make_partition_map
+from tiered.router import run_models
+from tiered.store import read_json
+from tiered.unlearning import gradient
+from tiered.unlearning.systems import Context, Forget, NotApplicable
+
+V, T = 11, 7
+
+
+def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=V, num_attention_heads=2, **shape)).eval()
+
+
+def blocks(seed: int, rows: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, V, (rows, T)).astype(np.int32)
+
+
+def test_sequence_log_probs_are_sums_over_all_but_the_first_token():
+    model, ids = tiny_llama(), torch.from_numpy(blocks(0, 3)).long()
+    log_p = model(input_ids=ids).logits.log_softmax(-1)
+    for row in range(3):
+        expected = sum(log_p[row, t, ids[row, t + 1]] for t in range(T - 1))
+        found = gradient.sequence_log_probs(model, ids)[row]
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    own = model(input_ids=ids, labels=ids).loss
+    assert gradient.nll(model, ids).item() == pytest.approx(own.item(), rel=1e-5)
+
+
+def test_npo_by_hand():
+    own, reference = torch.tensor([-10.0, -30.0]), torch.tensor([-12.0, -12.0])
+    beta = 0.5
+    # (2 / beta) mean log(1 + (p / p_o)^beta): exponents 1 and -9
+    expected = 4 * np.mean([math.log(1 + math.e), math.log(1 + math.exp(-9))])
+    assert gradient.npo_loss(own, reference, beta).item() == pytest.approx(expected, rel=1e-6)
+    # at the original model its gradient is gradient ascent's: d/dl = 2 * 1/2
+    x = reference.clone().requires_grad_()
+    gradient.npo_loss(x, reference, beta).backward()
+    assert x.grad.tolist() == pytest.approx([0.5, 0.5])  # mean over two
+    # and fades where the forget set has become improbable, where ascent's does not
+    x = (reference - 100).requires_grad_()
+    gradient.npo_loss(x, reference, beta).backward()
+    assert x.grad.abs().max() < 1e-20
+
+
+def test_simnpo_by_hand():
+    own = torch.tensor([-12.0, -24.0])
+    # -(2 / beta) mean log sigma(-(beta / 6) l - gamma): arguments 4 and 9 at beta 2.5, gamma 1
+    expected = -0.8 * np.mean([math.log(1 / (1 + math.exp(-x))) for x in (4.0, 9.0)])
+    assert gradient.simnpo_loss(own, 6, 2.5, 1.0).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_subtracting_a_vector_of_a_model_by_hand():
+    model, tuned = tiny_llama(0), tiny_llama(1)
+    name = "model.embed_tokens.weight"
+    o, t = (dict(m.named_parameters())[name].detach().clone() for m in (model, tuned))
+    gradient.subtract(model, tuned, 0.5)
+    assert torch.allclose(dict(model.named_parameters())[name], o - 0.5 * (t - o))
+    gradient.subtract(model, model, 3.0)
+    assert torch.allclose(dict(model.named_parameters())[name], o - 0.5 * (t - o))
+
+
+def test_batches_go_round_in_whole_permutations():
+    rows = np.arange(5)[:, None]
+    made = gradient._batches(rows, 2, np.random.default_rng(0))
+    drawn = np.concatenate([next(made) for _ in range(5)])[:, 0].tolist()
+    assert sorted(drawn[:5]) == sorted(drawn[5:]) == list(range(5)) and drawn[:5] != drawn[5:]
+    assert next(gradient._batches(rows[:0], 2, np.random.default_rng(0))).shape == (0, 1)
+
+
+def test_the_early_stop_looks_at_auc_and_at_what_is_retained():
+    model, g = tiny_llama(), blocks
+    stop = gradient.EarlyStop(g(1, 8), g(2, 8), g(3, 8), gold_auc=0.5, max_loss=0.02, batch_rows=4)
+    own = gradient.loss_auc(model, stop.members, stop.others, 4)
+    stop.gold_auc = own
+    assert stop.reason(model) == "AUC at gold's"
+    stop.gold_auc = own - 0.01
+    assert stop.reason(model) is None and stop.first_accuracy is not None
+    stop.first_accuracy += 0.03
+    assert stop.reason(model) == "retain accuracy lost"
+    stop.retain = stop.retain[:0]
+    assert stop.reason(model) is None
+
+
+@pytest.fixture(scope="module")
+def run(tiny) -> Context:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tiny)
+        yield context_of("n2")
+
+
+def context_of(name: str, **unlearn) -> Context:
+    config = load(f"configs/{name}.yaml")
+    section = dataclasses.replace(config.unlearn, max_steps=12, check_steps=4, **unlearn)
+    config = dataclasses.replace(config, unlearn=section)
+    data, partitions = ProcessedData(config), make_partition_map(config)
+    models = run_models(config, partitions, data)
+    return Context(config, data, partitions, models, config.run_dir / "router")
+
+
+HI = Forget("hi", "hi")
+
+
+def weights(outcome, k: int) -> dict[str, torch.Tensor]:
+    return load_file(outcome.models[k] / "model.safetensors")
+
+
+def loss_on(folder, ids: np.ndarray) -> float:
+    from tiered.router import load_models
+
+    with torch.no_grad():
+        return gradient.nll(load_models({0: folder})[0], torch.from_numpy(ids).long()).item()
+
+
+def test_every_method_moves_its_losses_as_it_should(run):
+    forget, retain = gradient.forget_and_retain_blocks(run, HI, 0)
+    before = [loss_on(run.models[0], ids) for ids in (forget, retain)]
+    after = {}
+    for name in gradient.METHODS:
+        outcome = gradient.unlearn(name, run, HI)
+        assert outcome.changed == ["model/0"] and outcome.models[1] == run.models[1]
+        assert not outcome.weights_removed and outcome.router == run.router
+        after[name] = [loss_on(outcome.models[0], ids) for ids in (forget, retain)]
+        record = read_json(outcome.models[0] / "record.json")
+        sides = {"GradDiff": 2, "NPO": 2, "SimNPO": 2}.get(name, 1)
+        assert record["tokens"] == record["steps"] * sides * 8 * 32 == outcome.tokens > 0
+    for name in ("GA", "GradDiff", "NPO", "SimNPO", "task-vector"):
+        assert after[name][0] > before[0] + 0.01, name
+    for name in ("fine-tune", "l1-sparse"):
+        assert after[name][1] < before[1], name
+    for name in ("GradDiff", "NPO", "SimNPO"):  # what retain blocks are for
+        assert after[name][1] - before[1] < after["GA"][1] - before[1]
+
+
+def test_running_statistics_never_move(run):
+    """They hold the forget set's share of the router's inputs, and training mode would update."""
+    outcome = gradient.unlearn("GA", run, HI)
+    before, after = load_file(run.models[0] / "model.safetensors"), weights(outcome, 0)
+    buffers = [n for n in before if "running" in n or "num_batches" in n]
+    assert buffers and all(torch.equal(before[n], after[n]) for n in buffers)
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+
+
+def test_a_method_is_a_function_of_its_inputs(run):
+    """Done again from nothing: the same bytes; another setting: another place in the store."""
+    first = gradient.unlearn("NPO", run, HI)
+    anew = dataclasses.replace(run, config=dataclasses.replace(run.config, overwrite=True))
+    one = weights(first, 0)
+    second = weights(gradient.unlearn("NPO", anew, HI), 0)
+    assert all(torch.equal(one[n], second[n]) for n in one)
+    section = dataclasses.replace(run.config.unlearn, npo_beta=0.2)
+    other = dataclasses.replace(run, config=dataclasses.replace(run.config, unlearn=section))
+    assert gradient.unlearn("NPO", other, HI).models[0] != first.models[0]
+
+
+def test_blocks_are_those_of_the_partition(run):
+    """n = 2 by family: hi and si are one partition; all their blocks are one side or the other."""
+    from tiered.training import partition_blocks
+
+    forget, retain = gradient.forget_and_retain_blocks(run, HI, 0)
+    whole, counts = partition_blocks(run.config, run.data, run.partitions, 0)
+    assert (len(forget), len(retain)) == (counts["hi"], counts["si"])
+    assert np.array_equal(np.concatenate([forget, retain]), whole)
+
+
+def test_some_documents_are_their_own_forget_set(run, tmp_path):
+    trained = run.members(HI, 0)
+    names = trained.document_ids[:3]
+    path = tmp_path / "some.txt"
+    path.write_text("".join(f"hi/{n}\n" for n in names))
+    some = Forget("some", "hi", frozenset(names), str(path))
+    forget, retain = gradient.forget_and_retain_blocks(run, some, 0)
+    assert np.array_equal(forget, trained.input_ids[:3])
+    kept = {tuple(b) for b in retain}
+    assert not {tuple(b) for b in forget} & kept  # a repeated row's own blocks are gone too
+    members = run.retained_members(some, "hi", 0)
+    assert set(members.document_ids) == set(trained.document_ids) - set(names)
+    assert run.touched(some) == (0,) and run.neighbours(some)[0] == ["hi", "si"]
+
+
+def test_what_needs_something_retained_says_so_where_there_is_nothing(tiny, monkeypatch):
+    monkeypatch.chdir(tiny)
+    alone = context_of("n4")
+    for name, (_, needs_retain) in gradient.METHODS.items():
+        if needs_retain:
+            with pytest.raises(NotApplicable, match=NOT_APPLICABLE):
+                gradient.unlearn(name, alone, HI)
+    outcome = gradient.unlearn("NPO", alone, HI)  # without a retain loss
+    record = read_json(outcome.models[0] / "record.json")
+    assert record["tokens"] == record["steps"] * 8 * 32
+    assert record["inputs"]["gold"] is None

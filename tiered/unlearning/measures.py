@@ -1,0 +1,498 @@
+"""The measures of one operation, from row scores alone: numbers with intervals, or words.
+
+`not applicable`, `none` (no such domain), `undefined` (original and gold agree, too few rows) and
+`no power` (the attack fails on the original already) are words: no number stands in for them.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tiered.config import CANARY
+from tiered.evaluation import RowScores
+from tiered.metrics import (
+    NO_POWER,
+    NONE,
+    NOT_APPLICABLE,
+    UNDEFINED,
+    bits_per_byte,
+    exposure,
+    median_efficacy,
+    membership_similarity,
+    normalised_unlearning,
+    privacy_leak,
+)
+from tiered.statistics import (
+    LEAST_NON_MEMBERS,
+    Interval,
+    auc,
+    bootstrap_auc,
+    bootstrap_ratios,
+    bootstrap_true_positive_rate,
+    chance_p,
+    equivalence_p,
+    has_power,
+    kolmogorov_smirnov,
+    mean_difference,
+    median_difference,
+    paired_error,
+    permuted_maximum,
+    wilcoxon_p,
+)
+from tiered.store import seed_of
+from tiered.unlearning.attacks import attack_scores, svc_efficacy
+from tiered.unlearning.protocol import Measured, Scores
+from tiered.unlearning.systems import Context, Forget
+
+OVER, LEAKS, AS_GOLD = "over-unlearning", "leaks", "as gold"
+
+
+class Judge:
+    """Measures of every operation on one forget set; what they share is computed once.
+
+    measured: operation -> row scores; holds at least original and gold. Golds of other seeds are
+    called gold-seed-<seed>.
+    """
+
+    def __init__(self, context: Context, forget: Forget, measured: dict[str, Measured]) -> None:
+        self.context, self.forget, self.measured = context, forget, measured
+        self.section = context.config.unlearn
+        self.golds = [name for name in measured if is_gold_name(name)]
+        near, far = context.neighbours(forget)
+        self.groups = {"all": near + far, "near": near, "far": far}
+        self._power: dict[tuple[str, str], Interval | None] = {}
+
+    # --- all of it ----------------------------------------------------------------------------
+
+    def metrics(self, operation: str, edited: bool = False) -> dict[str, Any]:
+        """All measures of one operation, JSON-ready; edited: it changed what models compute."""
+        u, o = self.scores(operation), self.scores("original")
+        f = self.forget.domain
+        members = u["forget", f]
+        result: dict[str, Any] = {
+            "UA": self.mean([members], _wrong, _tokens),
+            "UA_norm": self.ua_norm(operation),
+            "RA": {n: self.accuracy(u, "train", ds) for n, ds in self.groups.items()},
+            "TA": {n: self.accuracy(u, "test", ds) for n, ds in self.groups.items()},
+            "TA_f": self.mean([u["test", f]], _correct, _tokens),
+            "MIA_efficacy": self.efficacy(operation),
+            "MIA_efficacy_domain_shifted": self.shifted_efficacy(operation),
+            "bpb": {
+                "members": self.bpb([members]),
+                "holdout": self.bpb([u["holdout", f]]),
+                "test": self.bpb([u["test", f]]),
+                "retain": {n: self.bpb_over(u, ds) for n, ds in self.groups.items()},
+            },
+            "bpb_change": {
+                "test": self.bpb_change([o["test", f]], [u["test", f]]),
+                **{n: self.bpb_change_over(o, u, ds) for n, ds in self.groups.items()},
+            },
+            "far_rows_changed": changed_rows(o, u, self.groups["far"]),
+            "extraction_strength": self.extraction_strength(operation),
+            "exposure": self.exposure(operation),
+            "rows": {
+                "members": len(members.tokens),
+                "holdout": len(u["holdout", f].tokens),
+            },
+        }
+        result["gap_to_gold"] = self.gap_to_gold(operation)
+        result["to_gold"] = self.distance_to_gold(operation)
+        result["AUC"] = self.membership(operation)
+        result["TPR_at_1_FPR"] = self.true_positive_rates(operation)
+        result["strongest_attack"] = self.strongest_attack(operation)
+        result |= self.privacy(operation)
+        result["router_AUC"] = self.router_membership(operation)
+        result["membership_verdict"] = self.membership_verdict(operation)
+        result["verdict"] = self.verdict(result) if edited else result["membership_verdict"]
+        return result
+
+    def scores(self, operation: str) -> Scores:
+        """Row scores of an operation."""
+        return self.measured[operation].scores
+
+    def seed(self, *parts: Any) -> int:
+        """Seed of a resampling; the same for all operations, so that their draws are paired."""
+        return seed_of(self.context.config.seed, "bootstrap", self.forget.identity(), *parts)
+
+    def rows_seed(self, *parts: RowScores) -> int:
+        """Seed of a resampling of rows: theirs, whichever system scored them."""
+        return self.seed("rows", *((p.rows.split, p.rows.domain) for p in parts))
+
+    # --- accuracy and loss ---------------------------------------------------------------------
+
+    def mean(self, parts: Sequence[RowScores], top, bottom) -> Any:
+        """sum(top) / sum(bottom) over the union of rows, with a bootstrap over rows."""
+        a, b = (np.concatenate([f(p) for p in parts]).astype(float) for f in (top, bottom))
+        samples, seed = self.section.bootstrap_samples, self.rows_seed(*parts)
+        drawn = bootstrap_ratios(a, b, samples, seed)
+        return Interval.of(float(a.sum() / b.sum()), drawn).as_json()
+
+    def accuracy(self, scores: Scores, split: str, domains: list[str]) -> Any:
+        """Accuracy on the union of the domains' rows; the word `none` without domains."""
+        parts = [scores[split, d] for d in domains]
+        return self.mean(parts, _correct, _tokens) if parts else NONE
+
+    def bpb(self, parts: Sequence[RowScores]) -> Any:
+        """Macro mean over parts of bits per byte, with a bootstrap over the rows of each."""
+        drawn = [self._bpb_draws(p) for p in parts]
+        return Interval.of(np.mean([p.bpb() for p in parts]), np.mean(drawn, 0)).as_json()
+
+    def _bpb_draws(self, part: RowScores) -> np.ndarray:
+        samples, seed = self.section.bootstrap_samples, self.rows_seed(part)
+        drawn = bootstrap_ratios(part.loss_nats, part.num_bytes, samples, seed)
+        return drawn * bits_per_byte(1.0, 1.0)
+
+    def bpb_over(self, scores: Scores, domains: list[str]) -> Any:
+        """Macro bits per byte on the domains' test rows; the word `none` without domains."""
+        return self.bpb([scores["test", d] for d in domains]) if domains else NONE
+
+    def bpb_change(self, before: Sequence[RowScores], after: Sequence[RowScores]) -> Any:
+        """Macro mean of bits per byte after minus before, on the same rows, drawn together."""
+        pairs = list(zip(before, after, strict=True))
+        value = np.mean([b.bpb() - a.bpb() for a, b in pairs])
+        drawn = np.mean([self._bpb_draws(b) - self._bpb_draws(a) for a, b in pairs], 0)
+        return Interval.of(value, drawn).as_json()
+
+    def bpb_change_over(self, o: Scores, u: Scores, domains: list[str]) -> Any:
+        """`bpb_change` on the domains' test rows: the collateral of an operation."""
+        if not domains:
+            return NONE
+        return self.bpb_change([o["test", d] for d in domains], [u["test", d] for d in domains])
+
+    def ua_norm(self, operation: str) -> Any:
+        """UA_norm on member rows; `undefined` where original and gold differ by less than 2 SE."""
+        f = self.forget.domain
+        parts = [self.scores(n)["forget", f] for n in ("original", operation, "gold")]
+        shares = [p.correct / p.tokens for p in parts]
+        error = paired_error(shares[0], shares[2])
+        accuracies = [p.accuracy() for p in parts]
+        if abs(shares[0].mean() - shares[2].mean()) < 2 * error or accuracies[0] == accuracies[2]:
+            return UNDEFINED
+        samples, seed = self.section.bootstrap_samples, self.rows_seed(parts[0])
+        drawn = [bootstrap_ratios(p.correct, p.tokens, samples, seed) for p in parts]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            resampled = normalised_unlearning(*drawn)
+        resampled = resampled[np.isfinite(resampled)]
+        return Interval.of(normalised_unlearning(*accuracies), resampled).as_json()
+
+    def extraction_strength(self, operation: str) -> Any:
+        """Mean extraction strength of members, and what it is on holdout rows."""
+        u, f = self.scores(operation), self.forget.domain
+        found = {}
+        for name, split in (("members", "forget"), ("holdout", "holdout")):
+            part = u[split, f]
+            if "extraction_strength" not in part.extra:
+                return UNDEFINED
+            found[name] = self.mean([part], lambda p: p.extra["extraction_strength"], _one)
+        return found
+
+    def draws(self, scores: Sequence[Scores]) -> dict[str, list[Any]]:
+        """Change of bits per byte on test rows under every draw of a random control."""
+        o, f = self.scores("original"), self.forget.domain
+        found: dict[str, list[Any]] = {"test": [], **{name: [] for name in self.groups}}
+        for u in scores:
+            found["test"].append(number(u["test", f].bpb() - o["test", f].bpb()))
+            for name, domains in self.groups.items():
+                changes = [u["test", d].bpb() - o["test", d].bpb() for d in domains]
+                found[name].append(number(np.mean(changes)) if changes else NONE)
+        return found
+
+    def exposure(self, operation: str) -> Any:
+        """Mean exposure in bits of canaries, by how often they occur in training, and what a model
+        that never saw them has; `none` without canaries."""
+        part = self.scores(operation).get((CANARY, self.forget.domain))
+        if part is None:
+            return NONE
+        times = part.rows.occurrences
+        references = part.mean_loss[times == 0]
+        ranks = np.arange(1, len(references) + 2)
+        found: dict[str, Any] = {"clean": number(np.mean(np.log2(len(ranks)) - np.log2(ranks)))}
+        for t in np.unique(times[times > 0]):
+            own = np.array([exposure(loss, references) for loss in part.mean_loss[times == t]])
+            samples, seed = self.section.bootstrap_samples, self.seed(CANARY, int(t))
+            drawn = bootstrap_ratios(own, np.ones(len(own)), samples, seed)
+            found[str(t)] = Interval.of(own.mean(), drawn).as_json()
+        return found
+
+    # --- distance to gold ------------------------------------------------------------------------
+
+    def gap_to_gold(self, operation: str, gold: str = "gold") -> float:
+        """Mean absolute gap to gold over UA, RA, TA and MIA efficacy."""
+        gaps = [
+            abs(a - b)
+            for a, b in zip(self._headline(operation), self._headline(gold), strict=True)
+            if a is not None
+        ]
+        return number(np.mean(gaps))
+
+    def _headline(self, operation: str) -> list[float | None]:
+        u, f = self.scores(operation), self.forget.domain
+        retained = self.groups["all"]
+        unions = [
+            None
+            if not retained
+            else sum(u[s, d].correct.sum() for d in retained)
+            / sum(u[s, d].tokens.sum() for d in retained)
+            for s in ("train", "test")
+        ]
+        return [1 - u["forget", f].accuracy(), *unions, self.efficacy(operation)]
+
+    def distance_to_gold(self, operation: str) -> dict[str, Any]:
+        """Losses of the members against gold's, row by row: KS, paired tests, equivalence.
+
+        The margin of equivalence is the largest difference of mean loss between two golds.
+        """
+        f = self.forget.domain
+        u = self.scores(operation)["forget", f].mean_loss
+        g = self.scores("gold")["forget", f].mean_loss
+        d, p = kolmogorov_smirnov(u, g)
+        generator = np.random.default_rng(self.seed("median"))
+        median = median_difference(u, g, self.section.bootstrap_samples, generator)
+        margin = self.margin()
+        return {
+            "KS": {"D": number(d), "p": number(p)},
+            "median_difference_nats": median.as_json(),
+            "mean_difference_nats": mean_difference(u, g).as_json(),
+            "wilcoxon_p": number(wilcoxon_p(u, g)),
+            "margin_nats": margin if isinstance(margin, str) else number(margin),
+            "equivalence_p": margin
+            if isinstance(margin, str)
+            else number(equivalence_p(u, g, margin)),
+            "gold_seeds": len(self.golds),
+        }
+
+    def margin(self) -> float | str:
+        """Largest difference of mean member loss between two golds; `undefined` with one."""
+        f = self.forget.domain
+        means = [self.scores(name)["forget", f].mean_loss.mean() for name in self.golds]
+        return float(max(means) - min(means)) if len(means) > 1 else UNDEFINED
+
+    def envelope(self) -> dict[str, Any]:
+        """Spread of the headline measures over golds: lowest, highest, standard deviation."""
+        if len(self.golds) < 2:
+            return {"seeds": len(self.golds), "spread": UNDEFINED}
+        f, names = self.forget.domain, ("UA", "RA", "TA", "MIA_efficacy")
+        columns = dict(zip(names, zip(*map(self._headline, self.golds), strict=True), strict=True))
+        columns["bpb_members"] = tuple(self.scores(n)["forget", f].bpb() for n in self.golds)
+        columns["bpb_test"] = tuple(self.scores(n)["test", f].bpb() for n in self.golds)
+        columns["AUC_LOSS"] = tuple(auc(*self.attack(n, "LOSS")) for n in self.golds)
+        spread = {
+            name: NONE
+            if values[0] is None
+            else {
+                "low": number(min(values)),
+                "high": number(max(values)),
+                "standard_deviation": number(np.std(values, ddof=1)),
+            }
+            for name, values in columns.items()
+        }
+        gaps = [self.gap_to_gold(name) for name in self.golds[1:]]
+        return {"seeds": len(self.golds), "spread": spread, "gap_to_gold": number(np.mean(gaps))}
+
+    # --- membership -------------------------------------------------------------------------------
+
+    def reference_of(self, operation: str) -> str | None:
+        """The gold whose loss the reference attack subtracts: of another seed where there is one,
+        never the attacked system itself."""
+        if operation not in self.golds:
+            return self.golds[1 if len(self.golds) > 1 else 0]
+        other = self.golds[(self.golds.index(operation) + 1) % len(self.golds)]
+        return None if other == operation else other
+
+    def attack(
+        self, operation: str, name: str, times: str = "all"
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Scores of members that occur `times` times and of holdout rows; None: no such attack."""
+        f, u = self.forget.domain, self.scores(operation)
+        members, holdout = u["forget", f], u["holdout", f]
+        reference = self.reference_of(operation)
+        rows = self.scores(reference) if reference else None
+        pair = (rows["forget", f], rows["holdout", f]) if rows else None
+        found = attack_scores([name], members, holdout, pair).get(name)
+        if found is None:
+            return None
+        occurrences = members.rows.occurrences
+        chosen = np.full(len(occurrences), True) if times == "all" else occurrences == int(times)
+        a, b = found[0][chosen], found[1]
+        return a[np.isfinite(a)], b[np.isfinite(b)]
+
+    def times(self) -> list[str]:
+        """`all`, and how often members occur in training."""
+        members = self.scores("original")["forget", self.forget.domain].rows
+        return ["all", *(str(t) for t in np.unique(members.occurrences))]
+
+    def power(self, name: str, times: str) -> Interval | None:
+        """AUC of an attack on the original system; None where it has too few rows."""
+        if (name, times) not in self._power:
+            pair = self.attack("original", name, times)
+            enough = pair is not None and min(map(len, pair)) >= 2
+            self._power[name, times] = self._auc(pair, name, times) if enough else None
+        return self._power[name, times]
+
+    def _auc(self, pair: tuple[np.ndarray, np.ndarray], name: str, times: str) -> Interval:
+        generator = np.random.default_rng(self.seed(name, times))
+        return bootstrap_auc(*pair, self.section.bootstrap_samples, generator)
+
+    def membership(self, operation: str) -> dict[str, dict[str, Any]]:
+        """AUC of every attack, by how often a member occurred in training: an interval with its
+        p-value against 0.5, or `undefined` (no rows, no reference) or `no power`."""
+        return {
+            name: {times: self._cell(operation, name, times) for times in self.times()}
+            for name in self.section.attacks
+        }
+
+    def _cell(self, operation: str, name: str, times: str) -> Any:
+        pair = self.attack(operation, name, times)
+        if pair is None or min(map(len, pair)) < 2 or self.power(name, times) is None:
+            return UNDEFINED
+        if not has_power(self.power(name, times)):
+            return NO_POWER
+        interval = self._auc(pair, name, times)
+        p = chance_p(interval.value, len(pair[0]), len(pair[1]))
+        return interval.as_json() | {"p": number(p)}
+
+    def true_positive_rates(self, operation: str) -> dict[str, Any]:
+        """TPR at 1 % FPR of every attack on all members; `undefined` below 300 non-members."""
+        found: dict[str, Any] = {}
+        for name in self.section.attacks:
+            pair = self.attack(operation, name)
+            if pair is None or len(pair[1]) < LEAST_NON_MEMBERS:
+                found[name] = UNDEFINED
+            elif self.power(name, "all") is None or not has_power(self.power(name, "all")):
+                found[name] = NO_POWER
+            else:
+                generator = np.random.default_rng(self.seed(name, "tpr"))
+                samples = self.section.bootstrap_samples
+                found[name] = bootstrap_true_positive_rate(*pair, samples, generator).as_json()
+        return found
+
+    def strongest_attack(self, operation: str) -> Any:
+        """The largest AUC over attacks with power, with what chance gives the largest of so many.
+
+        Attacks that look at a share of the rows are left out: labels are shuffled together.
+        """
+        pairs = {}
+        for name in self.section.attacks:
+            power, pair = self.power(name, "all"), self.attack(operation, name)
+            if pair is not None and power is not None and has_power(power):
+                pairs[name] = pair
+        sizes = max((tuple(map(len, pair)) for pair in pairs.values()), default=None)
+        pairs = {name: pair for name, pair in pairs.items() if tuple(map(len, pair)) == sizes}
+        if not pairs:
+            return NO_POWER
+        generator = np.random.default_rng(self.seed("permutation"))
+        found = permuted_maximum(pairs, self.section.bootstrap_samples, generator)
+        return {
+            "attack": found.attack,
+            "AUC": number(found.value),
+            "chance_95": number(found.null_quantile),
+            "p": number(found.p),
+        }
+
+    def privacy(self, operation: str) -> dict[str, Any]:
+        """PrivLeak (percent) and s_MIA of the LOSS attack, against gold."""
+        power = self.power("LOSS", "all")
+        if power is None or not has_power(power):
+            word = UNDEFINED if power is None else NO_POWER
+            return {"PrivLeak": word, "s_MIA": word}
+        u, g = (auc(*self.attack(name, "LOSS")) for name in (operation, "gold"))
+        leak = number(privacy_leak(u, g)) if g < 1 else UNDEFINED
+        return {"PrivLeak": leak, "s_MIA": number(membership_similarity(u, g))}
+
+    def efficacy(self, operation: str) -> float:
+        """Within-domain MIA efficacy: 0.5 for a system that never saw the members."""
+        pair = self.attack(operation, "LOSS")
+        return number(median_efficacy(*pair))
+
+    def shifted_efficacy(self, operation: str) -> Any:
+        """MIA efficacy as arXiv:2304.04934 has it, trained on retained domains."""
+        u, retained = self.scores(operation), self.groups["all"]
+        if not retained:
+            return NONE
+        train, test = (np.concatenate([_confidence(u[s, d]) for d in retained]) for s in _SEEN)
+        forget = _confidence(u["forget", self.forget.domain])
+        return number(svc_efficacy(train, test, forget, self.seed("svc")))
+
+    def router_membership(self, operation: str) -> Any:
+        """LOSS AUC of the Level-1 embedder: its training rows of f against f's holdout."""
+        pairs = []
+        for name in ("original", operation):
+            measured = self.measured[name]
+            if measured.router_members is None or measured.router_holdout is None:
+                return NOT_APPLICABLE
+            pairs.append((measured.router_members, measured.router_holdout))
+        if min(len(part) for pair in pairs for part in pair) < 2:
+            return UNDEFINED
+        if not has_power(self._auc(pairs[0], "router", "all")):
+            return NO_POWER
+        return self._auc(pairs[1], "router", "all").as_json()
+
+    # --- words ---------------------------------------------------------------------------------
+
+    def membership_verdict(self, operation: str) -> str:
+        """What the LOSS attack says of a system, on all members and on those repeated most, where
+        it has power: it leaks, is as gold is, or went beyond it (over-unlearning)."""
+        words = []
+        for times in dict.fromkeys(("all", self.times()[-1])):
+            u, g = (self._cell(name, "LOSS", times) for name in (operation, "gold"))
+            if isinstance(u, dict) and isinstance(g, dict):
+                reach = 1.96 * np.hypot(u["standard_error"], g["standard_error"])
+                beyond = u["value"] < g["value"] - reach
+                below = u["value"] < 0.5 - 1.96 * u["standard_error"]
+                leaks = u["value"] > g["value"] + reach
+                words.append(LEAKS if leaks else OVER if beyond and below else AS_GOLD)
+        return next((word for word in (LEAKS, OVER, AS_GOLD) if word in words), NO_POWER)
+
+    def verdict(self, result: dict[str, Any]) -> str:
+        """Membership's word for an edited model; over-unlearning too where members cost surely
+        more than under gold, by more than golds differ from one another."""
+        margin = self.margin()
+        margin = 0.0 if isinstance(margin, str) else margin
+        above = result["to_gold"]["mean_difference_nats"]["low"] > margin
+        word = result["membership_verdict"]
+        return OVER if above and word != LEAKS else word
+
+
+_SEEN = ("train", "test")
+
+
+def is_gold_name(operation: str) -> bool:
+    """Whether an operation is a gold: the run's own, or one of another seed."""
+    return operation == "gold" or operation.startswith("gold-seed-")
+
+
+def changed_rows(original: Scores, unlearnt: Scores, domains: Iterable[str]) -> str:
+    """How many test rows have another loss than before, bit for bit, of how many."""
+    domains = list(domains)
+    if not domains:
+        return NONE
+    before = np.concatenate([original["test", d].loss_nats for d in domains])
+    after = np.concatenate([unlearnt["test", d].loss_nats for d in domains])
+    return f"{int((before != after).sum())} of {len(before)}"
+
+
+def number(value: float) -> float:
+    """Rounded to 6 decimals, for metrics.json."""
+    return round(float(value), 6)
+
+
+def _correct(part: RowScores) -> np.ndarray:
+    return part.correct
+
+
+def _wrong(part: RowScores) -> np.ndarray:
+    return part.tokens - part.correct
+
+
+def _tokens(part: RowScores) -> np.ndarray:
+    return part.tokens
+
+
+def _one(part: RowScores) -> np.ndarray:
+    return np.ones(len(part.tokens))
+
+
+def _confidence(part: RowScores) -> np.ndarray:
+    """A row's confidence: the geometric mean probability of its tokens."""
+    return np.exp(-part.mean_loss)
