@@ -10,6 +10,7 @@ no implementation can avoid take part as a contender: the floor.
     python scripts/bench.py memory --tokens 1024 4096 16384
     python scripts/bench.py routing --config configs/quickstart/n16.yaml    # a trained run
     python scripts/bench.py systems --config configs/cbtm/k01.yaml configs/cbtm/k16.yaml
+    python scripts/bench.py attacks --length 128 --tokens 128000 --vocab 4096    # 1,000 rows
     python scripts/bench.py clusters --vectors 10000 100000 1000000
 
 --reference names any file that offers MonetConfig and MonetForCausalLM; it may run in another
@@ -40,6 +41,7 @@ CASES = {
     "routing": ("ours", "one model", "all models"),
     "systems": (),  # the runs of --config, the first of which the others are compared with
     "clusters": ("ours", "scikit-learn"),
+    "attacks": ("ours", "loss only", "log-softmax"),
 }
 OLMOE_EXPERTS, OLMOE_ACTIVE = 64, 8
 
@@ -160,6 +162,8 @@ def make_step(kind: str, case: str, size: dict[str, Any]) -> Callable[[], None]:
 
         return train
     model.eval()
+    if case == "attacks":
+        return attacks_step(kind, model, ids)
     if case == "generate":
         prompt = ids[:1].expand(size["batch"], -1)[:, : size["prompt"]].contiguous()
         mask = torch.ones_like(prompt)
@@ -236,6 +240,37 @@ def routing_step(kind: str, size: dict[str, Any], config: str) -> Callable[[], N
         score_rows(model, ids, chosen, batch_rows)
 
     return step
+
+
+def attacks_step(kind: str, model: Any, ids: Any) -> Callable[[], None]:
+    """Row scores of every forward-only attack; the loss alone; a pass that takes log-softmax of
+    all logits and keeps the targets' entries."""
+    sys.path.insert(0, str(ROOT))
+    import numpy as np
+    import torch
+
+    from tiered.scoring import TokenScores, score_prefixes
+    from tiered.unlearning.attacks import row_statistics
+
+    length, batch_rows = ids.shape[1] - 1, 16
+
+    def ours() -> None:
+        found = {
+            n: v.numpy() for n, v in score_prefixes(model, ids, length, batch_rows, True).items()
+        }
+        tokens = TokenScores(scored=np.ones(found["nll"].shape, dtype=bool), **found)
+        row_statistics(tokens, 0.2)
+
+    @torch.inference_mode()
+    def plain() -> None:
+        for batch in ids.split(batch_rows):
+            log_probs = (
+                model(input_ids=batch[:, :-1], use_cache=False).logits.float().log_softmax(-1)
+            )
+            log_probs.gather(-1, batch[:, 1:, None]).mean(1)
+
+    steps = {"ours": ours, "log-softmax": plain}
+    return steps.get(kind, lambda: score_prefixes(model, ids, length, batch_rows))
 
 
 def clusters_step(kind: str, size: dict[str, Any]) -> Callable[[], None]:

@@ -182,24 +182,24 @@ def test_seed_and_branches_share_out_the_documents():
     config = Config(name="x", model=ModelConfig(init_from="seed"))
     config = dataclasses.replace(config, seed_lm=dataclasses.replace(config.seed_lm, share=0.25))
     seed = branching.seed_config(config)
-    parts = [branching.used(c, ids) for c in (seed, config)]
+    parts = [branching.used(c, "hi", ids) for c in (seed, config)]
     assert np.array_equal(parts[0], ~parts[1])
     assert parts[0].mean() == pytest.approx(0.25, abs=0.03)
     assert seed.partition.n == 1 and not seed.model.init_from
     # each document's place is its own affair
-    assert np.array_equal(branching.used(config, ids[::-1]), parts[1][::-1])
+    assert np.array_equal(branching.used(config, "hi", ids[::-1]), parts[1][::-1])
     # of half the documents a quarter goes to the seed
     half = dataclasses.replace(config.training, documents=(0.5, 1.0))
     narrow = dataclasses.replace(config, training=half)
-    inner = [branching.used(c, ids) for c in (branching.seed_config(narrow), narrow)]
+    inner = [branching.used(c, "hi", ids) for c in (branching.seed_config(narrow), narrow)]
     place = branching.places(ids)
     assert np.array_equal(inner[0], (place >= 0.5) & (place < 0.625))
     assert np.array_equal(inner[1], place >= 0.625)
     # a seed LM of the router split takes nothing away
     router = dataclasses.replace(config.seed_lm, split="router")
     apart = dataclasses.replace(config, seed_lm=router)
-    assert branching.used(apart, ids) is None
-    assert branching.used(branching.seed_config(apart), ids) is None
+    assert branching.used(apart, "hi", ids) is None
+    assert branching.used(branching.seed_config(apart), "hi", ids) is None
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_trained_rows_are_those_that_stand_in_some_block(branched, monkeypatch):
     seed = branching.seed_config(config)
     k = partitions.partition_of("de")
     streams = [
-        data.blocks("de", "train", keep=branching.used(c, data.document_ids("de", "train")))
+        data.blocks("de", "train", keep=branching.used(c, "de", data.document_ids("de", "train")))
         for c in (seed, config)
     ]
     texts = [" ".join(map(str, s.ravel().tolist())) for s in streams]

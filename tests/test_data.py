@@ -122,6 +122,22 @@ def test_repeated_rows_occur_exactly_the_stated_number_of_times(data, columns):
     assert len(data.blocks("en", "test")) == len(brute_blocks(columns["en"]["test"]["input_ids"]))
 
 
+def test_canaries_are_trained_on_as_often_as_they_should_be(config, tmp_path):
+    asked = {"canaries": {4: 2, 1: 1}, "canary_references": 3, "processed_dir": str(tmp_path)}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **asked))
+    run(config)
+    data = ProcessedData(config)
+    rows = data.rows("en", "canary")
+    assert sorted(rows.occurrences.tolist()) == [0, 0, 0, 1, 4, 4]
+    blocks = data.canary_blocks("en")
+    found = [int((blocks == row).all(axis=1).sum()) for row in rows.input_ids]
+    assert found == rows.occurrences.tolist() and len(blocks) == 9
+    names = data.document_ids("en", "canary")
+    keep = np.array([name == rows.document_ids[0] for name in names])
+    assert len(data.canary_blocks("en", keep)) == rows.occurrences[0] == 4
+    assert len(data.canary_blocks("zh")) == 0
+
+
 def test_rows_are_the_first_tokens_of_long_enough_documents(data, columns):
     for split in ("train", "test", "holdout"):
         stored_split = columns["en"][split]

@@ -299,6 +299,30 @@ def test_repeats_are_the_first_long_train_documents_and_change_the_train_hash(co
     assert "200 are asked for" in error_of(change(config, repeats={2: 200}))
 
 
+def test_canaries_are_rows_of_the_domains_own_tokens_in_a_split_of_their_own(corpus, tmp_path):
+    config = make_config(corpus, tmp_path, block_size=64)
+    plain = run(config)["domains"]
+    asked = {"canaries": {16: 1, 1: 2}, "canary_references": 5, "repeat_domains": ("en",)}
+    config = change(config, **asked)
+    manifest = run(config)["domains"]
+    assert list(manifest["en"]["canaries"].values()) == [1, 1, 16, 0, 0, 0, 0, 0]
+    assert manifest["hi"]["canaries"] == {} and manifest["hi"]["splits"] == plain["hi"]["splits"]
+    before, after = (m["en"]["splits"] for m in (plain, manifest))
+    assert after["canary"]["documents"] == 8 and after["canary"]["bytes"] == 0
+    assert after["train"]["hash"] != before["train"]["hash"]  # what is trained on has changed
+    assert after["holdout"] == before["holdout"]
+    train = stored(config, "en")["train"]["input_ids"]
+    counts = Counter(t for document in train for t in document[:-1])
+    drawn = load_from_disk(processed_folder(config) / "en/canary")["input_ids"]
+    used = {t for document in drawn for t in document[:-1]}
+    assert all(len(d) == 65 and d[-1] == train[0][-1] for d in drawn)
+    # no rarer than what makes up nine tenths of the domain's tokens
+    ranked = [t for t, _ in counts.most_common()]
+    covered = np.cumsum([counts[t] for t in ranked]) / sum(counts.values())
+    least = counts[ranked[int(np.searchsorted(covered, 0.9)) + 1]]
+    assert min(counts[t] for t in used) >= least and len({tuple(d) for d in drawn}) == 8
+
+
 # --- what deletion rests on: a domain's folder is a function of its own data ---
 
 

@@ -120,6 +120,9 @@ def test_gold_against_itself_has_no_gap_and_original_is_attacked(measured):
     assert original["AUC"]["LOSS"]["all"]["value"] > 0.99
     assert original["MIA_efficacy"] == 0.0
     assert original["membership_verdict"] == LEAKS and gold["verdict"] == AS_GOLD
+    assert gold["AUC_minus_gold"]["all"]["low"] == gold["AUC_minus_gold"]["all"]["high"] == 0
+    difference = original["AUC"]["LOSS"]["all"]["value"] - gold["AUC"]["LOSS"]["all"]["value"]
+    assert original["AUC_minus_gold"]["all"]["value"] == pytest.approx(difference, abs=2e-6)
     assert 0.35 < gold["AUC"]["LOSS"]["16"]["value"] < 0.65
     assert set(gold["AUC"]["LOSS"]) == {"all", "1", "16"}
     assert original["strongest_attack"]["p"] < 0.01 < gold["strongest_attack"]["p"]

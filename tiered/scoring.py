@@ -95,17 +95,20 @@ def token_statistics(
     z = (log p(target) - mu) / sigma, where mu and sigma^2 >= 1e-6 are mean and variance of
     log p(v) over v drawn from p itself (Min-K%++, arXiv:2404.02936). The logits are overwritten.
     """
-    peak, first = logits.max(-1)
+    # amax, and softmax's own exponentials: on a CPU an argmax or exp() costs more than all of it.
+    peak = logits.amax(-1)
+    weights = logits.softmax(-1)
     # shifted by the largest, a peaked distribution's moments are small: nothing cancels.
     logits -= peak[:, None]
     own = logits.gather(-1, targets[:, None])[:, 0]
-    weights = logits.exp()
-    total = weights.sum(-1)
-    found = {"nll": total.log() - own, "correct": first == targets}
+    correct = own == 0
+    ties = correct.nonzero()[:, 0]  # of equal largest logits the first is the prediction
+    correct[ties] = logits[ties].argmax(-1) == targets[ties]
+    found = {"nll": -weights.amax(-1).log() - own, "correct": correct}
     if z:
         weights *= logits
-        mean = weights.sum(-1) / total
-        variance = torch.linalg.vecdot(weights, logits) / total - mean.square()
+        mean = weights.sum(-1)
+        variance = torch.linalg.vecdot(weights, logits) - mean.square()
         found["z"] = (own - mean) / variance.clamp_min(MIN_VARIANCE).sqrt()
     return found
 

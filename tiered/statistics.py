@@ -62,6 +62,16 @@ def bootstrap_auc(
     The standard error is the bootstrap's, but never below Hanley and McNeil's (1982): with every
     member below every non-member the bootstrap sees no spread at all.
     """
+    drawn = auc_draws(members, non_members, samples, generator)
+    value = auc(members, non_members)
+    floor = hanley_mcneil_error(value, len(members), len(non_members))
+    return Interval.of(value, drawn, floor)
+
+
+def auc_draws(
+    members: np.ndarray, non_members: np.ndarray, samples: int, generator: np.random.Generator
+) -> np.ndarray:
+    """AUC of resamples of both sets, (samples,); equal generators and sizes draw equal rows."""
     m, n = len(members), len(non_members)
     a, b = (resampled_counts(size, samples, generator) for size in (m, n))
     drawn = np.zeros(samples)
@@ -70,8 +80,7 @@ def bootstrap_auc(
         part = members[start : start + step, None]
         pairs = (part < non_members) + 0.5 * (part == non_members)
         drawn += ((a[:, start : start + step] @ pairs) * b).sum(1)
-    floor = hanley_mcneil_error(auc(members, non_members), m, n)
-    return Interval.of(auc(members, non_members), drawn / (m * n), floor)
+    return drawn / (m * n)
 
 
 def hanley_mcneil_error(value: float, m: int, n: int) -> float:

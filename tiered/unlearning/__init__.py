@@ -1,5 +1,6 @@
 """Removing a domain and measuring what is left of it, against a gold retrained without it.
 
-systems: a router and partition models in a folder of their own; deletion: the operations that
-make one; protocol: what is scored, the metrics and their words.
+systems: a router and partition models in a folder of their own; deletion, purge, gradient: the
+operations that make one; operations: their names; sets, protocol, attacks: what is scored;
+measures: numbers with intervals, or words; controls: random masks; benchmark: the flow.
 """

@@ -27,6 +27,7 @@ from tiered.statistics import (
     LEAST_NON_MEMBERS,
     Interval,
     auc,
+    auc_draws,
     bootstrap_auc,
     bootstrap_ratios,
     bootstrap_true_positive_rate,
@@ -99,6 +100,7 @@ class Judge:
         result["gap_to_gold"] = self.gap_to_gold(operation)
         result["to_gold"] = self.distance_to_gold(operation)
         result["AUC"] = self.membership(operation)
+        result["AUC_minus_gold"] = {t: self.beyond_gold(operation, t) for t in self.times()}
         result["TPR_at_1_FPR"] = self.true_positive_rates(operation)
         result["strongest_attack"] = self.strongest_attack(operation)
         result |= self.privacy(operation)
@@ -352,6 +354,23 @@ class Judge:
         p = chance_p(interval.value, len(pair[0]), len(pair[1]))
         return interval.as_json() | {"p": number(p)}
 
+    def beyond_gold(self, operation: str, times: str) -> Any:
+        """LOSS AUC minus gold's, on the same rows drawn together; a word where there is no AUC."""
+        cells = [self._cell(name, "LOSS", times) for name in (operation, "gold")]
+        for cell in cells:
+            if isinstance(cell, str):
+                return cell
+        draws = [
+            auc_draws(
+                *self.attack(name, "LOSS", times),
+                self.section.bootstrap_samples,
+                np.random.default_rng(self.seed("LOSS", times)),
+            )
+            for name in (operation, "gold")
+        ]
+        value = cells[0]["value"] - cells[1]["value"]
+        return Interval.of(value, draws[0] - draws[1]).as_json()
+
     def true_positive_rates(self, operation: str) -> dict[str, Any]:
         """TPR at 1 % FPR of every attack on all members; `undefined` below 300 non-members."""
         found: dict[str, Any] = {}
@@ -435,13 +454,14 @@ class Judge:
         it has power: it leaks, is as gold is, or went beyond it (over-unlearning)."""
         words = []
         for times in dict.fromkeys(("all", self.times()[-1])):
-            u, g = (self._cell(name, "LOSS", times) for name in (operation, "gold"))
-            if isinstance(u, dict) and isinstance(g, dict):
-                reach = 1.96 * np.hypot(u["standard_error"], g["standard_error"])
-                beyond = u["value"] < g["value"] - reach
-                below = u["value"] < 0.5 - 1.96 * u["standard_error"]
-                leaks = u["value"] > g["value"] + reach
-                words.append(LEAKS if leaks else OVER if beyond and below else AS_GOLD)
+            cell, difference = (
+                self._cell(operation, "LOSS", times),
+                self.beyond_gold(operation, times),
+            )
+            if isinstance(cell, dict) and isinstance(difference, dict):
+                below = cell["value"] < 0.5 - 1.96 * cell["standard_error"]
+                beyond = difference["high"] < 0 and below
+                words.append(LEAKS if difference["low"] > 0 else OVER if beyond else AS_GOLD)
         return next((word for word in (LEAKS, OVER, AS_GOLD) if word in words), NO_POWER)
 
     def verdict(self, result: dict[str, Any]) -> str:
