@@ -77,10 +77,10 @@ def test_subtracting_a_vector_of_a_model_by_hand():
 
 def test_batches_go_round_in_whole_permutations():
     rows = np.arange(5)[:, None]
-    made = gradient._batches(rows, 2, np.random.default_rng(0))
+    made = gradient.cycled(rows, 2, np.random.default_rng(0))
     drawn = np.concatenate([next(made) for _ in range(5)])[:, 0].tolist()
     assert sorted(drawn[:5]) == sorted(drawn[5:]) == list(range(5)) and drawn[:5] != drawn[5:]
-    assert next(gradient._batches(rows[:0], 2, np.random.default_rng(0))).shape == (0, 1)
+    assert next(gradient.cycled(rows[:0], 2, np.random.default_rng(0))).shape == (0, 1)
 
 
 def test_the_early_stop_looks_at_auc_and_at_what_is_retained():

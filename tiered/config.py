@@ -461,6 +461,15 @@ class UnlearnConfig:
         "GradDiff, NPO, SimNPO: weight of the retain loss, where there is anything to retain",
         low=0,
     )
+    robustness: tuple[str, ...] = opt(
+        (),
+        "what may come back: relearn (fine-tuning on a share of the members), int8 and int4"
+        " (rounded weights)",
+        choices=("relearn", "int8", "int4"),
+    )
+    relearn_share: float = opt(0.05, "share of the members that is relearnt", low=0, high=1)
+    relearn_steps: int = opt(64, "last step of the relearn curve", low=1)
+    relearn_learning_rate: float = opt(5e-4, "constant learning rate of relearning (AdamW)", low=0)
     l1_weight: float = opt(1e-5, "l1-sparse: first weight of the L1 norm, falling to 0", low=0)
     npo_beta: float = opt(0.1, "NPO: inverse temperature beta", low=1e-9)
     simnpo_beta: float = opt(2.5, "SimNPO: inverse temperature beta", low=1e-9)

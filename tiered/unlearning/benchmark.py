@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from tiered.branching import has_own_seed, outside_folder, seed_domains
-from tiered.config import Config, plain
+from tiered.config import CANARY, Config, plain
 from tiered.data import ProcessedData, listed_documents
 from tiered.evaluation import read_rows, rows_table, write_rows
-from tiered.metrics import UNDEFINED
+from tiered.metrics import UNDEFINED, relearn_advantage
 from tiered.partition import make_partition_map
 from tiered.record import SCORING_CODE, environment, peak_memory_bytes
 from tiered.router import (
@@ -44,6 +44,7 @@ from tiered.unlearning.protocol import (
     router_losses,
     scored_rows,
 )
+from tiered.unlearning.robustness import ROUNDING_BITS, relearn_curve, rounded_scores
 from tiered.unlearning.systems import (
     Context,
     Forget,
@@ -298,11 +299,53 @@ class Bench:
         result |= judge.metrics(name, bool(self.outcomes[name].changed))
         if name == "gold":
             result["envelope"] = judge.envelope()
+        if self.context.config.unlearn.robustness:
+            result["robustness"] = self._robustness(name, judge)
         if name in CONTROLS:
             draws = control_draws(self.context, self.forget, name, self.scored, folder / "system")
             result["draws"] = judge.draws(draws)
         write_json(path, result)
         return result
+
+    def _robustness(self, name: str, judge: Judge) -> dict[str, Any]:
+        """What rounding and relearning bring back; the curve against gold's."""
+        found = self._what_returns(name, judge)
+        if "relearn" in found:
+            gold = self._what_returns("gold", judge)["relearn"]["bpb"]
+            curve = found["relearn"]
+            advantage = relearn_advantage(curve["steps"], curve["bpb"], gold)
+            return found | {"relearn": curve | {"advantage_bpb": round(advantage, 6)}}
+        return found
+
+    def _what_returns(self, name: str, judge: Judge) -> dict[str, Any]:
+        """robustness.json of an operation, made again only if what it depends on has changed."""
+        context, forget, folder = self.context, self.forget, self.folder(name)
+        section = context.config.unlearn
+        used = ("robustness", "relearn_share", "relearn_steps", "relearn_learning_rate")
+        used += ("batch_rows", "forget_rows", "bootstrap_samples")
+        code = ("robustness", "gradient", "measures")
+        key = digest(
+            {
+                "rows": [self.keys[n] for n in (name, "original")],
+                "settings": {n: plain(getattr(section, n)) for n in used},
+                "code": code_hash(*(f"tiered/unlearning/{m}.py" for m in code)),
+            }
+        )
+        path = folder / "robustness.json"
+        if path.is_file() and not context.config.overwrite and read_json(path)["key"] == key:
+            return read_json(path)["found"]
+        self._say(f"{name}: robustness")
+        model, _ = load_system(context, folder / "system")
+        allowed, found = self.outcomes[name].allowed, {}
+        rows = {k: r for k, r in self.scored.items() if k[0] != CANARY}
+        for rounding in (r for r in section.robustness if r in ROUNDING_BITS):
+            bits = ROUNDING_BITS[rounding]
+            scores = rounded_scores(context, rows, model, allowed, bits)
+            found[rounding] = judge.rounded(f"{name}, {rounding}", scores)
+        if "relearn" in section.robustness:  # last: it changes the model
+            found["relearn"] = relearn_curve(context, forget, model, allowed)
+        write_json(path, {"key": key, "found": found})
+        return found
 
     def _facts(self, name: str) -> dict[str, Any]:
         outcome, gold = self.outcomes[name], self.outcomes["gold"]

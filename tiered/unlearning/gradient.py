@@ -150,7 +150,7 @@ Loss = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, float], torch.Tens
 # --- the loop --------------------------------------------------------------------------------
 
 
-def _batches(blocks: np.ndarray, rows: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
+def cycled(blocks: np.ndarray, rows: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
     """Batches of blocks for ever, one permutation per pass; empty batches of no blocks."""
     queue = np.zeros(0, dtype=np.int64)
     while True:
@@ -172,7 +172,7 @@ def descend(
     device = parameters[0].device
     model.eval()
     sides = [
-        _batches(blocks if side in uses else blocks[:0], section.batch_rows, generator)
+        cycled(blocks if side in uses else blocks[:0], section.batch_rows, generator)
         for side, blocks in (("forget", task.forget), ("retain", task.retain))
     ]
     tokens, step, reason = 0, 0, task.stop.reason(model) if stops else None

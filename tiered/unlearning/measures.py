@@ -217,6 +217,19 @@ class Judge:
             found[str(t)] = Interval.of(own.mean(), drawn).as_json()
         return found
 
+    def rounded(self, operation: str, scores: Scores) -> dict[str, Any]:
+        """What a system says once its weights are rounded: whether it remembers again."""
+        self.measured[operation] = Measured(scores, None, None)
+        f = self.forget.domain
+        found = {
+            "UA": self.mean([scores["forget", f]], _wrong, _tokens),
+            "bpb_members": self.bpb([scores["forget", f]]),
+            "bpb_retain": self.bpb_over(scores, self.groups["all"]),
+            "AUC_LOSS": {t: self._cell(operation, "LOSS", t) for t in self.times()},
+        }
+        del self.measured[operation]
+        return found
+
     # --- distance to gold ------------------------------------------------------------------------
 
     def gap_to_gold(self, operation: str, gold: str = "gold") -> float:

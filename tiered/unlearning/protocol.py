@@ -81,7 +81,7 @@ class Scorer:
         self,
         context: Context,
         model: TieredForCausalLM,
-        cache: ScoreCache,
+        cache: ScoreCache | None,
         allowed: list[int] | None,
     ) -> None:
         self.context, self.model, self.cache, self.allowed = context, model, cache, allowed
