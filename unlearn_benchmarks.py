@@ -22,6 +22,7 @@ from tiered.unlearning.benchmark import (
     open_run,
     print_table,
 )
+from tiered.unlearning.compartments import compartments
 
 
 def prepare(configs: list[Config]) -> None:
@@ -42,11 +43,14 @@ def main(config: Config) -> None:
         for forget in bar:
             # 2. operations, scores and measures of one forget set, each resumed by hash
             results[forget.name] = Bench(context, forget, bar).run()
-    # 3. one file for the report: utility and unlearning of the experiment
+        if config.unlearn.compartments:
+            # 3. how far the run keeps its domains apart
+            compartments(context, lambda text: bar.set_postfix_str(f"compartments: {text}"))
+    # 4. one file for the report: utility and unlearning of the experiment
     utility = config.run_dir / "eval" / "utility.json"
     utility = read_json(utility) if utility.is_file() else None
     write_json(config.run_dir / "metrics.json", {"utility": utility, "unlearning": results})
-    # 4. what a reader wants to see at once
+    # 5. what a reader wants to see at once
     print_table(config, results)
 
 

@@ -5,7 +5,18 @@ import pytest
 import torch
 
 from modeling_monet import MonetConfig, MonetForCausalLM
-from tiered.experts import experts_of, mean_expert_weights, purge, record_gates
+from tiered.experts import (
+    block_expert_weights,
+    divergences,
+    effective_numbers,
+    experts_of,
+    joint_of,
+    mean_expert_weights,
+    normalised_information,
+    permuted_information,
+    purge,
+    record_gates,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +59,14 @@ def test_mean_expert_weights_by_loops(model):
     model.eval()
 
 
+def test_block_weights_are_the_mean_weights_of_every_row(model):
+    x = ids(3, 4)
+    found = block_expert_weights(model, x)
+    assert found.shape == (4, 2, 5, 5)
+    for row in range(4):
+        assert torch.allclose(found[row], mean_expert_weights(model, [x[row : row + 1]]), atol=1e-6)
+
+
 def test_an_expert_is_a_domains_from_twice_every_others_score():
     scores = {
         "a": torch.tensor([[[0.4, 0.39, 0.0, 0.1]]]),
@@ -86,3 +105,63 @@ def test_recorded_gates_of_a_generation_are_those_of_its_text(model):
             assert torch.allclose(a, b, atol=1e-5)
     model(out)  # the hooks are gone
     assert gates[0][0].shape[1] == 13
+
+
+# --- how experts divide domains ---------------------------------------------------------------
+
+APART = np.array([[0.5, 0.0, 0.0, 0.0], [0.0, 0.25, 0.25, 0.0]])  # 1 expert, 2 experts, 1 unused
+ALIKE = np.array([[0.25, 0.25, 0.0, 0.0], [0.25, 0.25, 0.0, 0.0]])
+
+
+def test_information_of_domains_and_experts_by_hand():
+    # H(d) = ln 2, H(x) = 1.5 ln 2, I = ln 2: 1 / 1.25
+    assert normalised_information(APART) == pytest.approx(0.8)
+    assert normalised_information(7 * APART) == pytest.approx(0.8)
+    assert normalised_information(ALIKE) == pytest.approx(0, abs=1e-12)
+    assert normalised_information(np.eye(4)) == pytest.approx(1)
+    assert normalised_information(np.ones((1, 1))) == 0
+
+
+def test_hard_counts_have_the_information_of_scikit_learn():
+    from sklearn.metrics import normalized_mutual_info_score
+
+    g = np.random.default_rng(0)
+    table = g.integers(0, 6, (3, 5))
+    rows, columns = table.nonzero()
+    times = table[rows, columns]
+    expected = normalized_mutual_info_score(np.repeat(rows, times), np.repeat(columns, times))
+    assert normalised_information(table.astype(float)) == pytest.approx(expected)
+
+
+def test_shuffled_labels_show_what_chance_gives():
+    """Few documents over many experts share no domain, and still have information."""
+    g = np.random.default_rng(1)
+    labels = np.repeat(["a", "b", "c"], 6)
+    noise = g.dirichlet(np.full(40, 0.1), 18)
+    found = permuted_information(noise, labels, 50, g)
+    assert found.shape == (50,) and 0.1 < found.mean() < 0.9
+    joint = np.stack([noise[labels == d].sum(0) for d in "abc"])
+    own = normalised_information(joint)
+    assert abs(own - found.mean()) < 4 * found.std()
+    real = np.kron(np.eye(3), np.ones((6, 1)))  # an expert for every domain
+    assert permuted_information(real, labels, 20, g).max() < 0.7
+
+
+def test_effective_numbers_by_hand():
+    assert effective_numbers(APART) == pytest.approx((1.0, 1.5))  # experts: (1 + 2) / 2
+    assert effective_numbers(ALIKE) == pytest.approx((2.0, 2.0))
+
+
+def test_divergences_by_hand():
+    found = divergences(APART)
+    assert found == pytest.approx(np.array([[0.0, 1.0], [1.0, 0.0]]), abs=1e-12)
+    half = divergences(np.array([[1.0, 0.0], [0.5, 0.5]]))
+    # mixture (3/4, 1/4): 0.5 log2(4/3) + 0.5 (0.5 log2(2/3) + 0.5 log2 2)
+    expected = 0.5 * np.log2(4 / 3) + 0.25 * np.log2(2 / 3) + 0.25
+    assert half[0, 1] == pytest.approx(expected)
+
+
+def test_joints_give_every_domain_the_same_weight():
+    scores = {"a": torch.full((2, 2, 2), 3.0), "b": torch.tensor([[[1.0, 0], [0, 0]]] * 2)}
+    first, second = joint_of(scores)
+    assert first.tolist() == [[0.125] * 4, [0.5, 0, 0, 0]] and np.array_equal(first, second)

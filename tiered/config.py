@@ -461,6 +461,9 @@ class UnlearnConfig:
         "GradDiff, NPO, SimNPO: weight of the retain loss, where there is anything to retain",
         low=0,
     )
+    compartments: bool = opt(
+        False, "measure how far partitions and experts keep domains apart, once per run"
+    )
     robustness: tuple[str, ...] = opt(
         (),
         "what may come back: relearn (fine-tuning on a share of the members), int8 and int4"

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from scipy.spatial.distance import jensenshannon
+from scipy.special import xlogy
 
 from modeling_monet import Gates, MonetRouter
 from tiered.data import ProcessedData
@@ -60,6 +62,21 @@ def mean_expert_weights(model: torch.nn.Module, batches: Iterable[torch.Tensor])
     return (total / tokens).cpu()
 
 
+@torch.inference_mode()
+def block_expert_weights(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Mean over each row's tokens of sum_h g1_hi g2_hj, (B, G, E, E) float64 on the CPU.
+
+    input_ids (B, T) without padding; the model is read in evaluation mode.
+    """
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    out = model(input_ids=input_ids.to(device), output_router_probs=True, logits_to_keep=1)
+    model.train(training)
+    tokens = input_ids.shape[1]
+    sums = [torch.einsum("bthi,bthj->bij", g1, g2) for g1, g2 in out.router_probs]
+    return (torch.stack(sums, 1).double() / tokens).cpu()
+
+
 def expert_scores(
     model: torch.nn.Module,
     data: ProcessedData,
@@ -103,3 +120,60 @@ def purge(
     purged = experts_of(scores, domain, ratio)
     model.purge_experts(~purged, renormalize)
     return purged
+
+
+# --- how experts divide domains among them -----------------------------------------------------
+#
+# joint (D, X): weight that domain d sends through expert x, every domain's row summing to the same.
+
+
+def joint_of(scores: dict[str, torch.Tensor]) -> list[np.ndarray]:
+    """One joint (D, X) per router group from S of every domain (G, E, E), rows summing to 1 / D."""
+    stacked = torch.stack(list(scores.values())).flatten(2).double().numpy()  # (D, G, X)
+    rows = stacked / stacked.sum(-1, keepdims=True) / len(stacked)
+    return [rows[:, group] for group in range(rows.shape[1])]
+
+
+def _entropy(p: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """Entropy in nats along an axis (None: of all entries); 0 log 0 = 0."""
+    return -xlogy(p, p).sum(axis)
+
+
+def normalised_information(joint: np.ndarray) -> float:
+    """NMI of domain and expert under a joint (D, X): I(d; x) over the mean of H(d) and H(x)."""
+    p = joint / joint.sum()
+    by_domain, by_expert = _entropy(p.sum(1)), _entropy(p.sum(0))
+    information = by_domain + by_expert - _entropy(p)
+    mean = (by_domain + by_expert) / 2
+    return float(information / mean) if mean > 0 else 0.0
+
+
+def permuted_information(
+    weights: np.ndarray, labels: np.ndarray, samples: int, generator: np.random.Generator
+) -> np.ndarray:
+    """`normalised_information` with the labels of documents shuffled, (samples,): what few
+    documents and many experts give by chance. weights (documents, X), labels (documents,)."""
+    domains, index = np.unique(labels, return_inverse=True)
+    found = []
+    for _ in range(samples):
+        joint = np.zeros((len(domains), weights.shape[1]))
+        np.add.at(joint, generator.permutation(index), weights)
+        found.append(normalised_information(joint / joint.sum(1, keepdims=True)))
+    return np.array(found)
+
+
+def effective_numbers(joint: np.ndarray) -> tuple[float, float]:
+    """Effective domains per expert and experts per domain under a joint (D, X): exp of the
+    conditional entropy, mean over experts (by weight) and over domains."""
+    p = joint / joint.sum()
+    by_expert, by_domain = p.sum(0), p.sum(1)
+    used = by_expert > 0
+    domains = np.exp(_entropy(p[:, used] / by_expert[used], 0))
+    experts = np.exp(_entropy(p / by_domain[:, None], 1))
+    return float(domains @ by_expert[used]), float(experts @ by_domain)
+
+
+def divergences(joint: np.ndarray) -> np.ndarray:
+    """Jensen-Shannon divergence in bits between the experts of every two domains, (D, D)."""
+    rows = joint / joint.sum(1, keepdims=True)
+    return np.array([[jensenshannon(a, b, base=2) ** 2 for b in rows] for a in rows])

@@ -1,0 +1,82 @@
+"""Compartments of the tiny runs: what is measured against what the parts say one by one."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tests.test_gradient import context_of
+from tiered.unlearning import compartments
+from tiered.unlearning.compartments import selectivity
+
+
+def test_selectivity_by_hand():
+    changes = {"a": {"a": 3.0, "b": -0.5, "c": 0.5}, "b": {"a": 1.0, "b": 1.0, "c": 0.0}, "c": "x"}
+    assert selectivity(changes, ["a", "b", "c"]) == pytest.approx(2 / 0.5)
+    assert selectivity({"a": "words"}, ["a", "b"]) == "none"
+    assert selectivity({"a": {"a": 1.0, "b": 0.0}}, ["a", "b"]) == "undefined"
+
+
+@pytest.fixture(scope="module")
+def found(tiny):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tiny)
+        made = {}
+        for name in ("n1", "n2", "n4"):
+            context = context_of(name, mask_ratio=1.2, random_masks=2, retain_rows=6)
+            made[name] = context, compartments.compartments(context)
+        yield made
+
+
+def test_level_one_by_the_confusion(found):
+    for name, (context, result) in found.items():
+        level1 = result["level1"]
+        table = np.array(level1["confusion_tokens"])
+        assert table.shape == (4, context.partitions.n)
+        assert (table.sum(1) == 6 * 31).all() or name == "n2"  # as many tokens of each domain
+        into = level1["retained_tokens_routed_into"]["hi"]
+        share = table / table.sum(1, keepdims=True)
+        expected = share[1:, list(context.partitions.touched("hi"))].sum(1).mean()
+        assert into == pytest.approx(expected, abs=1e-6)
+    assert found["n1"][1]["level1"]["nmi"] == 0 and found["n1"][1]["level1"]["nmi_maximal"] == 0
+    level1 = found["n4"][1]["level1"]
+    assert level1["nmi_shuffled"] < 0.2 < level1["nmi"] <= level1["nmi_maximal"] == 1
+
+
+def test_level_two_tells_domains_apart_inside_a_partition_only(found):
+    assert "no other domain" in found["n4"][1]["level2"]["0"]
+    groups = found["n2"][1]["level2"]["0"]
+    assert groups["domains"] == ["hi", "si"] and groups["experts_per_group"] == 16
+    for group in groups["groups"]:
+        assert group["nmi_above_chance"] == pytest.approx(
+            group["nmi"] - group["nmi_shuffled"], abs=2e-6
+        )
+        assert 1 <= group["effective_domains_per_expert"] <= 2
+        assert 1 <= group["effective_experts_per_domain"] <= 16
+        matrix = np.array(group["js_bits"])
+        assert np.allclose(matrix, matrix.T) and not matrix.diagonal().any()
+        counts = [group["skewed_experts"][str(r)]["hi"] for r in compartments.SKEWS]
+        assert counts == sorted(counts, reverse=True)
+
+
+def test_the_causal_matrix_is_measured_row_by_row(found):
+    result = found["n2"][1]
+    causal = result["causal"]
+    assert causal["delete"]["hi"]["hi"] > 0 and causal["delete"]["hi"]["si"] > 0  # one partition
+    assert found["n1"][1]["causal"]["delete"]["hi"] == "none"
+    assert "no other domain" in found["n4"][1]["causal"]["mask-skew"]["hi"]
+    row = causal["mask-skew"]["hi"]
+    assert row["hi"] > row["si"]  # an expert that is hi's is less si's
+    assert 0 < causal["coverage"]["hi"]["0"] < 1
+    assert causal["selectivity"]["mask-skew"] > causal["selectivity"]["mask-random"]
+
+
+def test_a_second_run_reads_what_is_there(found, tiny, monkeypatch):
+    monkeypatch.chdir(tiny)
+    context, result = found["n2"]
+    monkeypatch.setattr(compartments, "level1", None)
+    assert compartments.compartments(context) == result
+    section = dataclasses.replace(context.config.unlearn, random_masks=1)
+    config = dataclasses.replace(context.config, unlearn=section)
+    with pytest.raises(TypeError):  # another setting: measured again
+        compartments.compartments(dataclasses.replace(context, config=config))
