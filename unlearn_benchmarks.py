@@ -22,6 +22,7 @@ from tiered.unlearning.benchmark import (
     open_run,
     print_table,
 )
+from tiered.unlearning.checks import checks
 from tiered.unlearning.compartments import compartments
 
 
@@ -49,7 +50,8 @@ def main(config: Config) -> None:
     # 4. one file for the report: utility and unlearning of the experiment
     utility = config.run_dir / "eval" / "utility.json"
     utility = read_json(utility) if utility.is_file() else None
-    write_json(config.run_dir / "metrics.json", {"utility": utility, "unlearning": results})
+    value = {"utility": utility, "unlearning": results, "checks": checks(results)}
+    write_json(config.run_dir / "metrics.json", value)
     # 5. what a reader wants to see at once
     print_table(config, results)
 

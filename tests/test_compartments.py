@@ -7,6 +7,7 @@ import pytest
 
 from tests.test_gradient import context_of
 from tiered.unlearning import compartments
+from tiered.unlearning.checks import checks
 from tiered.unlearning.compartments import selectivity
 
 
@@ -17,13 +18,47 @@ def test_selectivity_by_hand():
     assert selectivity({"a": {"a": 1.0, "b": 0.0}}, ["a", "b"]) == "undefined"
 
 
+def measures(auc: float | str, p: float = 1.0, exact: bool = False, **more):
+    cell = auc if isinstance(auc, str) else {"value": auc, "p": p}
+    return {"exact": exact, "AUC": {"LOSS": {"all": cell, "1": cell, "16": cell}}, **more}
+
+
+def test_claims_by_hand():
+    """Three cells at chance: p 0.03, 0.5, 0.02 become 0.06, 0.5, 0.06."""
+    purge = {"bpb_change": {"test": {"value": 0.3}}}
+    curve = {"robustness": {"relearn": {"bpb": [4.0, 3.0], "advantage_bpb": 0.0}}}
+    operations = {
+        "original": measures(0.9, 1e-9),
+        "gold": measures(0.52, 0.5, exact=True) | curve,
+        "gold-seed-1": measures(0.44, 0.02),
+        "delete-S1": measures(0.56, 0.03, exact=True, cost={"tokens": 0}),
+        "sisa": measures("no power", exact=True) | curve,
+        "GA": measures(0.1, 1e-9),
+        "mask-skew": measures(0.8, 1e-5) | purge,
+        "mask-random": measures(0.8, 1e-5, draws={"test": [0.1, 0.2]}),
+        "delete-S0": {"result": "not applicable"},
+    }
+    found = {c["claim"].split(" ")[0]: c for c in checks({"hi": operations})}
+    assert found["attacks"]["measured"].startswith("3 cells, least p 0.0600 (")
+    assert {name: c["holds"] for name, c in found.items()} == {
+        **{"attacks": True, "LOSS": True, "mask-skew": True, "delete-S1": True, "exact": True},
+    }
+    operations["mask-random"]["draws"]["test"].append(0.31)
+    operations["gold"] = measures(0.7, 0.01, exact=True)
+    operations["original"] = measures("no power")
+    operations["delete-S1"]["cost"]["tokens"] = 5
+    found = {c["claim"].split(" ")[0]: c["holds"] for c in checks({"hi": operations})}
+    assert found == {"attacks": False, "LOSS": False, "mask-skew": False, "delete-S1": False}
+
+
 @pytest.fixture(scope="module")
 def found(tiny):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tiny)
         made = {}
         for name in ("n1", "n2", "n4"):
-            context = context_of(name, mask_ratio=1.2, random_masks=2, retain_rows=6)
+            settings = {"mask_ratio": 1.2, "random_masks": 2, "retain_rows": 6}
+            context = context_of(name, sequence=("hi", "de", "si", "en"), **settings)
             made[name] = context, compartments.compartments(context)
         yield made
 
@@ -69,6 +104,26 @@ def test_the_causal_matrix_is_measured_row_by_row(found):
     assert row["hi"] > row["si"]  # an expert that is hi's is less si's
     assert 0 < causal["coverage"]["hi"]["0"] < 1
     assert causal["selectivity"]["mask-skew"] > causal["selectivity"]["mask-random"]
+
+
+def test_removals_in_sequence_go_on_until_nothing_is_left(found):
+    four = found["n4"][1]["sequence"]
+    assert four["order"] == ["hi", "de", "si", "en"]
+    assert [s["removed"] for s in four["delete"][:4]] == [0, 1, 2, 3] and len(four["delete"]) == 5
+    assert four["delete"][4] == "not applicable: removes all 4 models"
+    assert four["delete"][0]["bpb_gone"] == "none"
+    # one removal is the causal matrix's row
+    causal = found["n4"][1]["causal"]["delete"]["hi"]
+    first, second = four["delete"][:2]
+    change = sum(causal.values())
+    both = 3 * second["bpb_staying"] + second["bpb_gone"] - 4 * first["bpb_staying"]
+    assert both == pytest.approx(change, abs=1e-5)
+    two = found["n2"][1]["sequence"]
+    assert len(two["delete"]) == 3  # hi takes si along, de the rest
+    purged = two["mask-skew"]
+    assert [s["removed"] for s in purged] == [0, 1, 2, 3, 4] and purged[4]["bpb_staying"] == "none"
+    assert found["n1"][1]["sequence"]["delete"][1] == "not applicable: removes all 1 models"
+    assert "no other domain" in four["mask-skew"][1]
 
 
 def test_a_second_run_reads_what_is_there(found, tiny, monkeypatch):

@@ -464,6 +464,9 @@ class UnlearnConfig:
     compartments: bool = opt(
         False, "measure how far partitions and experts keep domains apart, once per run"
     )
+    sequence: tuple[str, ...] = opt(
+        (), "compartments: domains that are removed one after another, in this order"
+    )
     robustness: tuple[str, ...] = opt(
         (),
         "what may come back: relearn (fine-tuning on a share of the members), int8 and int4"
@@ -781,6 +784,7 @@ def check(config: Config) -> Config:
         "data.repeat_domains": data.repeat_domains,
         "tokenizer.train_domains": config.tokenizer.train_domains,
         # the others are files, read where the run is opened
+        "unlearn.sequence": config.unlearn.sequence,
         "unlearn.forget": tuple(f for f in config.unlearn.forget if not Path(f).is_file()),
     }
     if isinstance(data.tokens_per_domain, dict):

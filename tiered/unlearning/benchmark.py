@@ -1,7 +1,6 @@
 """The benchmark's flow: operations -> systems -> row scores -> metrics, each resumed by hash."""
 
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -189,10 +188,9 @@ class Bench:
         self._operate()
         for name, outcome in self.outcomes.items():
             self._say(f"{name}: scores")
-            folder, begin = self.folder(name), time.perf_counter()
             description = describe(self.context, self.forget, outcome, self.outcomes)
-            write_system(folder / "system", outcome, description)
-            outcome.seconds += (time.perf_counter() - begin) * name.startswith("delete")
+            seconds = write_system(self.folder(name) / "system", outcome, description)
+            outcome.seconds += seconds * name.startswith("delete")
             self.measured[name] = self._measured(name)
         judge = Judge(self.context, self.forget, self.measured)
         return {name: self._result(name, judge) for name in self.names}

@@ -27,26 +27,26 @@ from tiered.modeling_tiered import TieredForCausalLM
 from tiered.record import SCORING_CODE, environment
 from tiered.router import load_models, load_router, tiered_model
 from tiered.store import code_hash, content_hash, digest, read_json, seed_of, write_json
+from tiered.unlearning.controls import masked_hashes, removal_bpb
 from tiered.unlearning.protocol import Scorer
-from tiered.unlearning.purge import (
-    Masks,
-    calibration_scores,
-    mask_hash,
-    purged_mass,
-    random_masks,
-    skew_masks,
-)
+from tiered.unlearning.purge import calibration_scores, purged_mass, random_masks, skew_masks
+from tiered.unlearning.sequence import sequence
 from tiered.unlearning.systems import Context, Forget, NotApplicable
 
 SHUFFLES = 20
 SKEWS = (1.2, 1.5, 2.0, 4.0)
-CODE = (*SCORING_CODE, "tiered/experts.py", "tiered/unlearning/compartments.py")
+CODE = (
+    *SCORING_CODE,
+    "tiered/experts.py",
+    *(f"tiered/unlearning/{name}.py" for name in ("compartments", "controls", "sequence")),
+)
 
 
 def compartments(
     context: Context, say: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """compartments.json of a run: `level1`, `level2` (partition -> groups) and `causal`."""
+    """compartments.json of a run: `level1`, `level2` (partition -> groups), `causal`, and
+    `sequence` where unlearn.sequence names domains."""
     config = context.config
     path = config.run_dir / "unlearn" / "compartments.json"
     key = digest(
@@ -71,13 +71,16 @@ def compartments(
     say("experts")
     found["level2"] = {str(k): level2(context, k) for k in context.models}
     found["causal"] = causal(context, model, rows, say)
+    if config.unlearn.sequence:
+        found["sequence"] = sequence(context, model, rows, say)
     write_json(path, found)
     return found
 
 
 def level1(context: Context, model: TieredForCausalLM, rows: dict[str, Rows]) -> dict[str, Any]:
     """Confusion C[d, k] in tokens, its information with a baseline, tokens routed into others'."""
-    scorer = Scorer(context, model, _cache(context, {}), None)
+    cache = score_cache(context.config, masked_hashes(context, {}))
+    scorer = Scorer(context, model, cache, None)
     n, counts, labels = context.partitions.n, [], []
     for domain, found in rows.items():
         chosen = scorer.tokens(found.input_ids)[1].numpy()
@@ -155,7 +158,7 @@ def causal(
 ) -> dict[str, Any]:
     """A[a, b], change of bits per byte on b after the removal of a: by dropping a's partitions, by
     mask-skew, and by random masks of its size or mass (mean over draws); words where none."""
-    before = _bpb(context, model, rows, {}, None)
+    before = removal_bpb(context, model, rows, {}, None)
     found: dict[str, Any] = {
         name: {} for name in ("delete", "mask-skew", "mask-random", "mask-massmatched")
     }
@@ -165,7 +168,7 @@ def causal(
         forget = Forget(domain, domain)
         touched = context.partitions.touched(domain)
         left = [k for k in context.models if k not in touched]
-        after = _bpb(context, model, rows, {}, left) if left else None
+        after = removal_bpb(context, model, rows, {}, left) if left else None
         found["delete"][domain] = NONE if after is None else _changes(before, after)
         try:
             skew = skew_masks(context, forget)
@@ -178,10 +181,12 @@ def causal(
             str(k): _round(purged_mass(scores, domain, purged))
             for k, (scores, purged) in skew.items()
         }
-        found["mask-skew"][domain] = _changes(before, _bpb(context, model, rows, masks, None))
+        found["mask-skew"][domain] = _changes(
+            before, removal_bpb(context, model, rows, masks, None)
+        )
         for kind in ("mask-random", "mask-massmatched"):
             draws = [
-                _changes(before, _bpb(context, model, rows, masks, None))
+                _changes(before, removal_bpb(context, model, rows, masks, None))
                 for masks in (
                     random_masks(context, forget, kind, i)
                     for i in range(context.config.unlearn.random_masks)
@@ -205,30 +210,6 @@ def selectivity(changes: dict[str, Any], domains: list[str]) -> Any:
     diagonal = np.mean([row[a] for a, row in known.items()])
     rest = np.mean([abs(row[b]) for a, row in known.items() for b in domains if b != a])
     return _round(diagonal / rest) if rest else UNDEFINED
-
-
-def _bpb(
-    context: Context,
-    model: TieredForCausalLM,
-    rows: dict[str, Rows],
-    masks: Masks,
-    allowed: list[int] | None,
-) -> dict[str, float]:
-    """Bits per byte of every domain's rows with experts left out; the model is as before after."""
-    for k, purged in masks.items():
-        model.purge_experts(k, ~purged)
-    scorer = Scorer(context, model, _cache(context, masks), allowed)
-    try:
-        return {d: scorer.rows(found, attacked=False).bpb() for d, found in rows.items()}
-    finally:
-        for k in masks:
-            model.purge_experts(k, None)
-
-
-def _cache(context: Context, masks: Masks) -> Any:
-    hashes = {k: content_hash(path) for k, path in context.models.items()}
-    hashes |= {k: digest([hashes[k], mask_hash(purged)]) for k, purged in masks.items()}
-    return score_cache(context.config, hashes)
 
 
 def _changes(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:

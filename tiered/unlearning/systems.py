@@ -190,13 +190,28 @@ def edited(
     return folder, False
 
 
-def write_system(folder: Path, outcome: Outcome, description: dict[str, Any]) -> None:
-    """Make the system folder of an outcome by hard links; nothing of the original is changed."""
+def write_system(folder: Path, outcome: Outcome, description: dict[str, Any]) -> float:
+    """Make the system folder of an outcome by hard links, unless it is there and undamaged;
+    returns the seconds that it took to make. Nothing of the original is changed."""
+    value, begin = {**description, **outcome.identity()}, time.perf_counter()
+    if _stands(folder, value):
+        return read_json(folder / TIMINGS)["seconds"]
     with atomic_folder(folder) as path:
         link_tree(outcome.router, path / "router")
         for k, source in sorted(outcome.models.items()):
             link_tree(source, path / "models" / str(k))
-        write_json(path / "system.json", {**description, **outcome.identity()})
+        write_json(path / "system.json", value)
+        write_json(path / TIMINGS, {"seconds": time.perf_counter() - begin})
+    return time.perf_counter() - begin
+
+
+def _stands(folder: Path, value: dict[str, Any]) -> bool:
+    """Whether a system folder of this description is there, every file as it was written."""
+    try:
+        verify(folder)
+        return read_json(folder / "system.json") == value and (folder / TIMINGS).is_file()
+    except UserError:
+        return False
 
 
 def load_system(context: Context, folder: Path) -> tuple[TieredForCausalLM, dict[int, str]]:
