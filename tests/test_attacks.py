@@ -253,3 +253,16 @@ def test_forget_files_are_read_line_by_line(tmp_path):
         with pytest.raises(UserError, match=words):
             listed_documents(str(tmp_path / words[:4]))
     assert DataConfig().exclude_documents == ""
+
+
+def test_a_run_that_leaves_documents_out_cannot_forget_others(tmp_path):
+    """Gold would bring back what the run itself was never trained on."""
+    from tiered.store import UserError
+    from tiered.unlearning.benchmark import forget_set
+
+    path = tmp_path / "some.txt"
+    path.write_text("hi/a\n")
+    config = Config(name="x", data=DataConfig(domains=("hi",), exclude_documents=str(path)))
+    with pytest.raises(UserError, match=r"data\.exclude_documents"):
+        forget_set(config, None, str(path))
+    assert forget_set(config, None, "hi").documents == frozenset()

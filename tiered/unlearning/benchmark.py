@@ -60,7 +60,11 @@ _LOSSES = ("members", "holdout")
 # What decides the measures of an operation besides row scores.
 MEASURING_CODE = tuple(
     f"tiered/{name}.py"
-    for name in ("metrics", "statistics", *(f"unlearning/{m}" for m in ("attacks", "measures")))
+    for name in (
+        *("metrics", "statistics", "experts"),
+        # purge and controls draw the random masks that metrics.json counts
+        *(f"unlearning/{m}" for m in ("attacks", "controls", "measures", "purge")),
+    )
 )
 
 
@@ -70,6 +74,8 @@ def forget_set(config: Config, data: ProcessedData, name: str) -> Forget:
         return Forget(name, name)
     listed = listed_documents(name)
     where = f"unlearn.forget: {name}"
+    if config.data.exclude_documents:  # gold's own exclusion would take its place
+        raise UserError(f"{where}: a run with data.exclude_documents cannot forget a file as well")
     if len(listed) > 1:
         raise UserError(f"{where} lists documents of {', '.join(listed)}; one domain per file")
     ((domain, names),) = listed.items()

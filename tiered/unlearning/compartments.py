@@ -54,7 +54,10 @@ def compartments(
             "models": {str(k): content_hash(p) for k, p in context.models.items()},
             "router": content_hash(context.router),
             "settings": [plain(config.unlearn), plain(config.router), config.seed],
-            "data": {d: context.data.split_hash(d, "test") for d in context.data.domains},
+            "data": {
+                d: [context.data.split_hash(d, split) for split in ("test", "calibration")]
+                for d in context.data.domains
+            },
             "environment": environment(config),
             "code": code_hash(*CODE, "tiered/unlearning/purge.py"),
         }

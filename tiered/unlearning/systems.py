@@ -35,7 +35,11 @@ from tiered.store import (
 )
 from tiered.training import trained_rows
 
-EDITING_CODE = ("tiered/unlearning/purge.py", "tiered/unlearning/gradient.py")
+# What decides an edited model; scoring and statistics decide when a gradient method stops.
+EDITING_CODE = tuple(
+    f"tiered/{name}.py"
+    for name in ("scoring", "statistics", "unlearning/gradient", "unlearning/purge")
+)
 
 
 class NotApplicable(Exception):
