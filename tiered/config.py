@@ -428,6 +428,17 @@ class UnlearnConfig:
     neighbours: int = opt(4, "neighbours of a row in the neighbourhood attack", low=1)
     neighbour_swaps: float = opt(0.15, "share of tokens a neighbour swaps", low=0, high=1)
     grad_norm_rows: int = opt(200, "member and holdout rows of GradNorm, at most each", low=2)
+    single_run: str = opt(
+        "",
+        "folder of a finished run with one domain per partition on the same data: what a domain's"
+        " own model reaches, for the model utility (empty: none is computed)",
+    )
+    verbatim_rows: int = opt(
+        100,
+        "member (most repeated first) and holdout rows that are continued from their first half,"
+        " at most each; 0: none",
+        low=0,
+    )
     mask_ratio: float = opt(
         2.0,
         "mask-skew: an expert is the domain's from so many times every other domain's weight"

@@ -94,6 +94,6 @@ def relearn_advantage(steps: np.ndarray, unlearnt: np.ndarray, gold: np.ndarray)
     return float(area / (width[-1] - width[0]))
 
 
-def harmonic_mean(values: np.ndarray) -> float:
-    """Harmonic mean of positive values."""
-    return float(len(values) / np.sum(1 / np.asarray(values, dtype=float)))
+def harmonic_mean(values: np.ndarray) -> np.ndarray:
+    """Harmonic mean over the first axis of positive values (D, ...)."""
+    return len(values) / np.sum(1 / np.asarray(values, dtype=float), axis=0)

@@ -30,7 +30,7 @@ SCORING_CODE = tuple(
     f"tiered/{name}.py"
     for name in (
         *("scoring", "evaluation", "mixtures", "metrics"),
-        *("unlearning/protocol", "unlearning/attacks"),
+        *("unlearning/protocol", "unlearning/attacks", "unlearning/verbatim"),
     )
 )
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")

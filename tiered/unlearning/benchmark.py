@@ -52,6 +52,7 @@ from tiered.unlearning.systems import (
     load_system,
     write_system,
 )
+from tiered.unlearning.utility import alone
 from tiered.workers import Call
 
 SCHEMA = 2
@@ -188,6 +189,7 @@ class Bench:
         self.measured: dict[str, Measured] = {}
         self.keys: dict[str, str] = {}  # operation -> hash of what its row scores depend on
         self.router_losses: dict[str, Losses] = {}
+        self.alone = alone(context)
 
     def run(self) -> dict[str, Any]:
         """Measures of every operation: operation -> measures or words."""
@@ -198,7 +200,7 @@ class Bench:
             seconds = write_system(self.folder(name) / "system", outcome, description)
             outcome.seconds += seconds * name.startswith("delete")
             self.measured[name] = self._measured(name)
-        judge = Judge(self.context, self.forget, self.measured)
+        judge = Judge(self.context, self.forget, self.measured, self.alone)
         return {name: self._result(name, judge) for name in self.names}
 
     def folder(self, operation: str) -> Path:
@@ -232,6 +234,7 @@ class Bench:
         context, forget, outcome = self.context, self.forget, self.outcomes[name]
         folder, section = self.folder(name), context.config.unlearn
         passes = ("attacks", "min_k_share", "neighbours", "neighbour_swaps", "grad_norm_rows")
+        passes += ("verbatim_rows",)
         key = digest(
             {
                 "schema": SCHEMA,
@@ -289,6 +292,7 @@ class Bench:
                 "rows": {n: self.keys[n] for n in self.keys if n in (name, "original")}
                 | {n: self.keys[n] for n in judge.golds},
                 "operation": name,
+                "alone": self._alone_key(),
                 "config": _science(self.context.config),
                 "code": code_hash(*MEASURING_CODE),
             }
@@ -310,6 +314,10 @@ class Bench:
             result["draws"] = judge.draws(draws)
         write_json(path, result)
         return result
+
+    def _alone_key(self) -> Any:
+        found = self.alone or {}
+        return {d: [v.unigram.tolist(), v.single.tolist()] for d, v in found.items()}
 
     def _robustness(self, name: str, judge: Judge) -> dict[str, Any]:
         """What rounding and relearning bring back; the curve against gold's."""
@@ -431,8 +439,10 @@ def _tokenizer_domains(context: Context) -> list[str]:
 
 
 def _science(config: Config) -> dict[str, Any]:
-    """The config without what cannot change a result."""
+    """The config without what cannot change a result of one operation on one forget set."""
     value = plain(config)
+    for key in ("forget", "operations", "single_run", "compartments", "sequence"):
+        del value["unlearn"][key]  # single_run: what it measured stands in the key itself
     for key in ("output_dir", "overwrite", "name"):
         del value[key]
     for section, key in (("data", "num_proc"), ("data", "processed_dir"), ("training", "num_proc")):

@@ -35,6 +35,7 @@ from tiered.unlearning.systems import Context, Forget, NotApplicable
 
 SHUFFLES = 20
 SKEWS = (1.2, 1.5, 2.0, 4.0)
+SETTINGS = ("retain_rows", "mask_ratio", "random_masks", "sequence")
 CODE = (
     *SCORING_CODE,
     "tiered/experts.py",
@@ -53,7 +54,11 @@ def compartments(
         {
             "models": {str(k): content_hash(p) for k, p in context.models.items()},
             "router": content_hash(context.router),
-            "settings": [plain(config.unlearn), plain(config.router), config.seed],
+            "settings": [
+                {name: plain(getattr(config.unlearn, name)) for name in SETTINGS},
+                plain(config.router),
+                config.seed,
+            ],
             "data": {
                 d: [context.data.split_hash(d, split) for split in ("test", "calibration")]
                 for d in context.data.domains

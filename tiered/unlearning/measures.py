@@ -18,6 +18,7 @@ from tiered.metrics import (
     UNDEFINED,
     bits_per_byte,
     exposure,
+    harmonic_mean,
     median_efficacy,
     membership_similarity,
     normalised_unlearning,
@@ -45,6 +46,7 @@ from tiered.store import seed_of
 from tiered.unlearning.attacks import attack_scores, svc_efficacy
 from tiered.unlearning.protocol import Measured, Scores
 from tiered.unlearning.systems import Context, Forget
+from tiered.unlearning.utility import LEAST_UTILITY, Alone
 
 OVER, LEAKS, AS_GOLD = "over-unlearning", "leaks", "as gold"
 
@@ -53,11 +55,17 @@ class Judge:
     """Measures of every operation on one forget set; what they share is computed once.
 
     measured: operation -> row scores; holds at least original and gold. Golds of other seeds are
-    called gold-seed-<seed>.
+    called gold-seed-<seed>. alone: what every domain is worth by itself, for the model utility.
     """
 
-    def __init__(self, context: Context, forget: Forget, measured: dict[str, Measured]) -> None:
-        self.context, self.forget, self.measured = context, forget, measured
+    def __init__(
+        self,
+        context: Context,
+        forget: Forget,
+        measured: dict[str, Measured],
+        alone: dict[str, Alone] | None = None,
+    ) -> None:
+        self.context, self.forget, self.measured, self.alone = context, forget, measured, alone
         self.section = context.config.unlearn
         self.golds = [name for name in measured if is_gold_name(name)]
         near, far = context.neighbours(forget)
@@ -90,7 +98,9 @@ class Judge:
                 **{n: self.bpb_change_over(o, u, ds) for n, ds in self.groups.items()},
             },
             "far_rows_changed": changed_rows(o, u, self.groups["far"]),
+            **self.utility(operation),
             "extraction_strength": self.extraction_strength(operation),
+            "verbatim": self.verbatim(operation),
             "exposure": self.exposure(operation),
             "rows": {
                 "members": len(members.tokens),
@@ -162,6 +172,36 @@ class Judge:
             return NONE
         return self.bpb_change([o["test", d] for d in domains], [u["test", d] for d in domains])
 
+    def utility(self, operation: str) -> dict[str, Any]:
+        """Model utility: harmonic mean over retained domains of u_d, and each u_d.
+
+        `none` without a run of single domains or retained domains; `undefined` where a domain's own
+        model is no better than its unigram: u_d has no scale there.
+        """
+        retained, samples = self.groups["all"], self.section.bootstrap_samples
+        if self.alone is None or not retained:
+            return {"model_utility": NONE, "utility": NONE}
+        found, drawn = {}, []
+        for d in retained:
+            part = self.scores(operation)["test", d]
+            unigram, single = (
+                nats[: len(part.tokens)] for nats in (self.alone[d].unigram, self.alone[d].single)
+            )
+            if single.sum() >= unigram.sum():
+                found[d] = UNDEFINED
+                continue
+            top, bottom = unigram - part.loss_nats, unigram - single
+            found[d] = max(LEAST_UTILITY, top.sum() / bottom.sum())
+            drawn.append(bootstrap_ratios(top, bottom, samples, self.rows_seed(part)))
+        words = [d for d, u in found.items() if u == UNDEFINED]
+        utility = {d: u if d in words else number(u) for d, u in found.items()}
+        if words:
+            return {"model_utility": UNDEFINED, "utility": utility}
+        value = harmonic_mean(np.array(list(found.values())))
+        resampled = harmonic_mean(np.maximum(LEAST_UTILITY, np.array(drawn)))
+        interval = Interval.of(value, resampled).as_json()
+        return {"model_utility": interval, "utility": utility}
+
     def ua_norm(self, operation: str) -> Any:
         """UA_norm on member rows; `undefined` where original and gold differ by less than 2 SE."""
         f = self.forget.domain
@@ -187,6 +227,30 @@ class Judge:
             if "extraction_strength" not in part.extra:
                 return UNDEFINED
             found[name] = self.mean([part], lambda p: p.extra["extraction_strength"], _one)
+        return found
+
+    def verbatim(self, operation: str) -> Any:
+        """Share of a row's second half that is written on from its first, as a subsequence: on
+        holdout rows, and on members, by how often they occur, less that."""
+        u, f = self.scores(operation), self.forget.domain
+        parts = [u[split, f] for split in ("forget", "holdout")]
+        if any("verbatim" not in p.extra for p in parts):
+            return UNDEFINED
+        members, holdout = (p.extra["verbatim"] for p in parts)
+        occurrences, samples = parts[0].rows.occurrences, self.section.bootstrap_samples
+        base = holdout[np.isfinite(holdout)]
+        floor = bootstrap_ratios(base, np.ones(len(base)), samples, self.rows_seed(parts[1]))
+        found: dict[str, Any] = {"holdout": Interval.of(base.mean(), floor).as_json()}
+        for times in self.times():
+            chosen = np.isfinite(members)
+            chosen &= (occurrences == int(times)) if times != "all" else True
+            own = members[chosen]
+            if not len(own):
+                found[times] = UNDEFINED
+                continue
+            seed = self.seed("verbatim", times)
+            drawn = bootstrap_ratios(own, np.ones(len(own)), samples, seed)
+            found[times] = Interval.of(own.mean() - base.mean(), drawn - floor).as_json()
         return found
 
     def draws(self, scores: Sequence[Scores]) -> dict[str, list[Any]]:

@@ -26,6 +26,7 @@ from tiered.unlearning.attacks import (
 )
 from tiered.unlearning.sets import distinct_from_train
 from tiered.unlearning.systems import Context, Forget
+from tiered.unlearning.verbatim import verbatim_overlap
 
 Scores = dict[tuple[str, str], RowScores]  # (split, domain) -> row scores
 ScoredRows = dict[tuple[str, str], Rows]  # (split, domain) -> rows
@@ -120,8 +121,14 @@ class Scorer:
         if "ReCaLL" in section.attacks and whole and len(prefix):
             half = prefix[0, : rows.input_ids.shape[1] // 2]
             found |= recall_losses(half, rows, tokens.nll, score)
+        count = len(rows.input_ids)
+        if section.verbatim_rows:  # members that occur most often come first
+            few = rows.input_ids[: section.verbatim_rows]
+            overlap = verbatim_overlap(
+                self.model, few, context.config.eval.batch_rows, self.allowed
+            )
+            found["verbatim"] = np.pad(overlap, (0, count - len(few)), constant_values=np.nan)
         if "GradNorm" in section.attacks:
-            count = len(rows.input_ids)
             chosen = np.linspace(0, count - 1, min(count, section.grad_norm_rows)).astype(int)
             found["grad_norm"] = np.full(count, np.nan)
             found["grad_norm"][chosen] = gradient_norms(
