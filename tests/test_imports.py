@@ -18,7 +18,9 @@ ALLOWED = {
     "modeling_tiered": set(),
     "checkpoint": {"store"},
     "workers": {"store"},
-    "report": {"metrics", "statistics", "store"},
+    "runs": {"store"},
+    "report_unlearning": {"runs", "statistics", "store"},
+    "report": {"report_unlearning", "runs", "store"},
     **{leaf: set() for leaf in LEAVES},
 }
 SHADOWED = {"datasets", "evaluate", "tokenizers", "accelerate", "wandb", "torch", "transformers"}

@@ -267,18 +267,3 @@ def failing(folder: Path, text: str, arguments) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2
     return output
-
-
-def test_report_has_every_table_and_plot(tiny):
-    from tiered.report import build
-
-    page = build([tiny / "runs" / n for n in TINY_EXPERIMENTS], tiny / "report")
-    text = page.read_text(encoding="utf-8")
-    assert text.count("<img ") == 6 and "http" not in text.replace("http-equiv", "")
-    assert text.count("<table>") == 11
-    assert "Clusters of k4" in text and "top terms" in text
-    assert "Ways to partition" in text and "Mixtures (bits per byte" in text
-    table = (tiny / "report/tables/unlearning_hi.md").read_text(encoding="utf-8")
-    assert table.count("\n") == 2 + len(TINY_EXPERIMENTS) * len(OPERATIONS)
-    value = f"{unlearning(tiny, 'n4')['original']['UA']['value']:.3f}"
-    assert f"| 4 | original | {value} [" in table

@@ -2,9 +2,10 @@
 
     python -m tiered.report runs/quickstart-n01 runs/quickstart-n16 --output runs/report
 
-Reads each run's config.yaml, metrics.json, eval/utility.json, models/<k>/record.json and the
-timings; writes tables/*.md, tables/*.csv, plots/*.png, plots/*.svg and index.html. Nothing is
-computed here that is not a mean, a ratio or a comparison of stored numbers.
+Reads each run's config.yaml, metrics.json, eval/utility.json, models/<k>/record.json, the timings
+and the row scores; writes tables/*.md, tables/*.csv, plots/*.png, plots/*.svg, index.html and a
+page per forget set. Nothing is computed here that is not a mean, a ratio or a comparison of stored
+numbers.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import io
 import math
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,85 +24,22 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import yaml
 
+from tiered.report_unlearning import (
+    forget_plots,
+    forget_tables,
+    most_repeated,
+    unlearning_plots,
+    unlearning_tables,
+)
+from tiered.runs import Run, cell, load_run, same_columns, tell_apart
 from tiered.store import TIMINGS, UserError, read_json, write_text
 
 matplotlib.rcParams["svg.hashsalt"] = "tiered"  # equal figures are equal files
 MARKERS = {"oracle": ("o", "-"), "token": ("s", "--"), "sample": ("^", ":")}
 
 
-@dataclass
-class Run:
-    """One finished experiment."""
-
-    folder: Path
-    config: dict[str, Any]
-    utility: dict[str, Any]
-    unlearning: dict[str, Any]
-    short_name: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.config["name"]
-
-    @property
-    def n(self) -> int:
-        return len(self.utility["partitions"])
-
-    @property
-    def scope(self) -> str:
-        """The scope that unlearning is measured under."""
-        return self.config["router"]["scope"]
-
-    @property
-    def gain(self) -> float:
-        """Macro gain over the unigram under that scope; NaN where undefined in every domain."""
-        figures = self.utility["macro"][self.scope]
-        return math.nan if isinstance(figures, str) else figures["gain_over_unigram"]
-
-    @property
-    def label(self) -> str:
-        """n and partition method, or the name where several runs of a report share those."""
-        return self.short_name or f"n = {self.n} ({self.config['partition']['method']})"
-
-
-def tell_apart(runs: list[Run]) -> None:
-    """Give runs that share a label their names instead, without what all names begin with."""
-    labels = [run.label for run in runs]
-    if len(set(labels)) < len(labels):
-        prefix = runs[0].name.split("-")[0] + "-"
-        shared = all(run.name.startswith(prefix) for run in runs)
-        for run in runs:
-            run.short_name = run.name.removeprefix(prefix) if shared else run.name
-
-
-def load_run(folder: Path) -> Run:
-    """A run with utility and, if it was measured, unlearning."""
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: not a run folder (config.yaml is missing)")
-    if not (folder / "eval" / "utility.json").is_file():
-        raise UserError(f"{folder}: no utility yet; run: python eval_det_router.py CONFIG")
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    metrics = folder / "metrics.json"
-    unlearning = read_json(metrics)["unlearning"] if metrics.is_file() else {}
-    return Run(folder, config, read_json(folder / "eval" / "utility.json"), unlearning)
-
-
 # ---------------------------------------------------------------- tables
-
-
-def cell(value: Any, digits: int = 3) -> str:
-    """A number, an interval with its bounds, or the word that stands for it."""
-    if isinstance(value, dict):
-        return (
-            f"{value['value']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
-        )
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return value if isinstance(value, str) else f"{value:.{digits}f}"
 
 
 def size_table(runs: list[Run]) -> list[dict[str, str]]:
@@ -158,7 +95,7 @@ def macro_table(runs: list[Run]) -> list[dict[str, str]]:
                     "routing accuracy": cell(run.utility["routing"]["sample_accuracy"]),
                 }
             )
-    return _same_columns(rows)
+    return same_columns(rows)
 
 
 def partition_table(runs: list[Run]) -> list[dict[str, str]]:
@@ -259,132 +196,6 @@ def domain_table(runs: list[Run]) -> list[dict[str, str]]:
     return rows
 
 
-def unlearning_table(run: Run, forget: str) -> list[dict[str, str]]:
-    """T3: every operation on one forget domain of one run."""
-    rows = []
-    for name, r in run.unlearning[forget].items():
-        row = {"n": str(run.n), "operation": name}
-        if "result" in r:
-            rows.append({**row, "UA": r["result"]})
-            continue
-        timings = read_json(run.folder / "unlearn" / forget / name / "timings.json")
-        rows.append(
-            {
-                **row,
-                "UA": cell(r["UA"]),
-                "UA_norm": cell(r["UA_norm"]),
-                "RA near": cell(r["RA"]["near"]),
-                "RA far": cell(r["RA"]["far"]),
-                "TA near": cell(r["TA"]["near"]),
-                "TA far": cell(r["TA"]["far"]),
-                "TA_f": cell(r["TA_f"]),
-                "MIA efficacy": cell(r["MIA_efficacy"]),
-                "MIA efficacy, domain-shifted": cell(r["MIA_efficacy_domain_shifted"]),
-                "bpb test f": cell(r["bpb"]["test"]),
-                "bpb near": cell(r["bpb"]["retain"]["near"]),
-                "bpb far": cell(r["bpb"]["retain"]["far"]),
-                "bpb change near": cell(r["bpb_change"]["near"]),
-                "bpb change far": cell(r["bpb_change"]["far"]),
-                "gap to gold": cell(r["gap_to_gold"]),
-                "far rows changed": r["far_rows_changed"],
-                "verdict": r["verdict"],
-                "exact": cell(r["exact"]),
-                "exact given": ", ".join(r["exact_given"]) or ("nothing" if r["exact"] else "-"),
-                "weights removed": cell(r["weights_removed"]),
-                "tokens": cell(r["cost"]["tokens"]),
-                "tokens / gold": cell(r["cost"]["tokens_relative_to_gold"]),
-                "RTE s": cell(timings["RTE_seconds"]) + (" reused" if timings["reused"] else ""),
-            }
-        )
-    return _same_columns(rows)
-
-
-def attack_table(run: Run, forget: str) -> list[dict[str, str]]:
-    """Membership attacks on every operation: AUC by how often members occurred, TPR, verdicts."""
-    rows = []
-    for name, r in _measured(run, forget).items():
-        row = {"n": str(run.n), "operation": name}
-        for attack, cells in r["AUC"].items():
-            for times, value in cells.items():
-                label = {"all": "", "1": " plain"}.get(times, f" x{times}")
-                row[f"{attack}{label}"] = cell(value)
-        row |= {f"TPR {attack}": cell(v) for attack, v in r["TPR_at_1_FPR"].items()}
-        strongest = r["strongest_attack"]
-        if isinstance(strongest, dict):
-            row["strongest"] = f"{strongest['attack']} {strongest['AUC']:.3f}"
-            row["chance, 95 %"], row["p"] = cell(strongest["chance_95"]), cell(strongest["p"], 4)
-        else:
-            row |= {"strongest": strongest, "chance, 95 %": "-", "p": "-"}
-        row |= {"PrivLeak %": cell(r["PrivLeak"], 1), "s_MIA": cell(r["s_MIA"])}
-        row |= {"AUC router": cell(r["router_AUC"]), "membership": r["membership_verdict"]}
-        rows.append(row)
-    return _same_columns(rows)
-
-
-def memory_table(run: Run, forget: str) -> list[dict[str, str]]:
-    """What is remembered of the members, and how far their losses are from gold's."""
-    rows = []
-    for name, r in _measured(run, forget).items():
-        row = {"n": str(run.n), "operation": name}
-        strength, exposed, gold = r["extraction_strength"], r["exposure"], r["to_gold"]
-        pairs = strength.items() if isinstance(strength, dict) else [("members", strength)]
-        row |= {f"extraction strength, {k}": cell(v, 4) for k, v in pairs}
-        if isinstance(exposed, dict):
-            for times, value in exposed.items():
-                label = "unseen" if times == "clean" else f"x{times}"
-                row[f"exposure {label}, bits"] = cell(value, 2)
-        else:
-            row["exposure, bits"] = exposed
-        rows.append(
-            {
-                **row,
-                "loss to gold, mean nats": cell(gold["mean_difference_nats"]),
-                "loss to gold, median nats": cell(gold["median_difference_nats"]),
-                "KS D": cell(gold["KS"]["D"]),
-                "KS p": cell(gold["KS"]["p"], 4),
-                "Wilcoxon p": cell(gold["wilcoxon_p"], 4),
-                "margin, nats": cell(gold["margin_nats"]),
-                "equivalence p": cell(gold["equivalence_p"], 4),
-                "golds": str(gold["gold_seeds"]),
-            }
-        )
-    return _same_columns(rows)
-
-
-def control_table(run: Run, forget: str) -> list[dict[str, str]]:
-    """The expert purge beside its random draws: change of bits per byte on test rows."""
-    operations, rows = _measured(run, forget), []
-    for name, r in operations.items():
-        if not name.startswith("mask"):
-            continue
-        change = r["bpb_change"]
-        if "draws" in r:
-            draws = r["draws"]
-            row = {"n": str(run.n), "operation": f"{name}, {len(draws['test'])} draws"}
-            rows.append(row | {k: _spread(v) for k, v in _renamed(draws).items()})
-        else:
-            row = {"n": str(run.n), "operation": name}
-            rows.append(row | {k: cell(v) for k, v in _renamed(change).items()})
-    return rows
-
-
-def _renamed(change: dict[str, Any]) -> dict[str, Any]:
-    names = {"test": "forgotten", "near": "near", "far": "far"}
-    return {f"change on {label}, bpb": change[key] for key, label in names.items()}
-
-
-def _spread(values: list[Any]) -> str:
-    if any(isinstance(v, str) for v in values):
-        return str(values[0])
-    return f"{np.mean(values):.3f} (from {min(values):.3f} to {max(values):.3f})"
-
-
-def _measured(run: Run, forget: str) -> dict[str, Any]:
-    """Operations on a forget set that have numbers."""
-    found = run.unlearning.get(forget, {})
-    return {name: r for name, r in found.items() if "result" not in r}
-
-
 def floor_table(runs: list[Run]) -> list[dict[str, str]]:
     """Floors below which a run is a toy: utility, routing, power of the attack."""
     rows = []
@@ -416,7 +227,10 @@ def floor_table(runs: list[Run]) -> list[dict[str, str]]:
                 )
             )
         for forget, operations in run.unlearning.items():
-            repeated = _most_repeated(operations["original"]["AUC"]["LOSS"])
+            cells = operations["original"]["AUC"].get("LOSS")
+            if cells is None:
+                continue
+            repeated = cells[most_repeated(cells)]
             rows.append(
                 _floor(
                     run,
@@ -432,21 +246,12 @@ def _floor(run: Run, claim: str, holds: bool, value: str) -> dict[str, str]:
     return {"experiment": run.name, "floor": claim, "measured": value, "holds": cell(holds)}
 
 
-def _most_repeated(cells: dict[str, Any]) -> Any:
-    return cells[max((k for k in cells if k != "all"), key=int)]
-
-
 def _accuracy_at(run: Run, length: int) -> float | str:
     """Mean over domains of the routing accuracy of prefixes of a length."""
     found = [d["routing_accuracy"] for d in run.utility["domains"].values()]
     if any(isinstance(f, str) or str(length) not in f for f in found):
         return "undefined"
     return float(np.mean([f[str(length)] for f in found]))
-
-
-def _same_columns(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    columns = max(rows, key=len).keys() if rows else []
-    return [{c: row.get(c, "") for c in columns} for row in rows]
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -516,64 +321,6 @@ def plot_utility(runs: list[Run]) -> plt.Figure:
 def _bpb(figures: Any, name: str) -> float:
     """A figure of a macro entry; NaN where a word stands for it."""
     return figures[name] if isinstance(figures, dict) else math.nan
-
-
-def removal_cost(run: Run, given_router: bool) -> list[float]:
-    """Per forget domain: least token share of a full retrain that an operation needs to be exact
-    with no other domain losing its model; `given_router`: the router may have seen the domain."""
-    costs = []
-    for operations in run.unlearning.values():
-        kept = [
-            r["cost"]["tokens_relative_to_gold"]
-            for name, r in operations.items()
-            if "result" not in r
-            and r["exact"]
-            and (given_router or "router" not in r["exact_given"])
-            and (name == "sisa" or (name.startswith("delete") and r["RA"]["near"] == "none"))
-        ]
-        if kept:
-            costs.append(min(kept))
-    return costs
-
-
-def plot_tradeoff(runs: list[Run]) -> plt.Figure | None:
-    """Headline: utility against the cost of removing a domain exactly."""
-    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    kinds = {
-        "router rebuilt without the domain": (False, "white"),
-        "exact given the router": (True, "black"),
-    }
-    for run in sorted(runs, key=lambda r: r.n):
-        y = 100 * run.gain
-        places = []
-        for given_router, fill in kinds.values():
-            costs = removal_cost(run, given_router)
-            if not costs or float(np.mean(costs)) in places:
-                continue
-            x = float(np.mean(costs))
-            places.append(x)
-            spread = [[x - min(costs)], [max(costs) - x]]
-            style = {"color": "black", "mfc": fill, "capsize": 3, "zorder": 3}
-            axes.errorbar(x, y, xerr=spread, fmt="o", **style)
-        if not places:
-            continue
-        axes.plot(places, [y] * len(places), color="gray", lw=1)
-        side = "right" if max(places) > 0.8 else "left"
-        axes.annotate(
-            run.label, (places[-1], y), xytext=(0, 8), textcoords="offset points", ha=side
-        )
-    axes.set_xlim(-0.05, 1.05)
-    axes.margins(y=0.25)
-    axes.set_xlabel(
-        "cost of removing one domain exactly (training tokens, share of a full retrain)"
-    )
-    axes.set_ylabel("utility: bits per byte below the unigram (%)")
-    handles = [
-        plt.Line2D([], [], marker="o", color="black", mfc=fill, ls="", label=label)
-        for label, (_, fill) in kinds.items()
-    ]
-    axes.legend(handles=handles, fontsize=8)
-    return figure if axes.lines else None
 
 
 def _heat_maps(runs: list[Run]) -> tuple[plt.Figure, list[plt.Axes]]:
@@ -689,51 +436,6 @@ def plot_experts(runs: list[Run]) -> plt.Figure | None:
     return figure
 
 
-def plot_cost(runs: list[Run]) -> plt.Figure | None:
-    """RTE of every operation, seconds on a log axis, mean over forget domains."""
-    runs = [r for r in sorted(runs, key=lambda r: r.n) if r.unlearning]
-    if not runs:
-        return None
-    names = [n for n in next(iter(runs[0].unlearning.values())) if n != "original"]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    width = 0.8 / len(runs)
-    greys = np.linspace(0.15, 0.85, len(runs))
-    floor = 1e-3
-    for i, run in enumerate(runs):
-        unnamed = True
-        for j, name in enumerate(names):
-            seconds = _mean_seconds(run, name)
-            x = j + (i - (len(runs) - 1) / 2) * width
-            if seconds is None:
-                axes.text(x, floor * 1.3, "n/a", ha="center", fontsize=8, rotation=90)
-                continue
-            label, unnamed = (run.label if unnamed else None), False
-            axes.bar(
-                x,
-                max(seconds, floor),
-                width * 0.9,
-                color=str(greys[i]),
-                edgecolor="black",
-                label=label,
-            )
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=floor)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylabel("time to remove one domain (seconds, log)")
-    axes.set_xlabel("operation (n/a: it would remove every model)")
-    axes.legend()
-    return figure
-
-
-def _mean_seconds(run: Run, name: str) -> float | None:
-    found = [
-        read_json(run.folder / "unlearn" / forget / name / "timings.json")["RTE_seconds"]
-        for forget, operations in run.unlearning.items()
-        if "result" not in operations[name]
-    ]
-    return float(np.mean(found)) if found else None
-
-
 # ---------------------------------------------------------------- page
 
 STYLE = """
@@ -744,10 +446,26 @@ th{background:#eee}.scroll{overflow-x:auto;margin:1rem 0}img{max-width:100%}
 """
 
 
+INTRODUCTION = (
+    "<p>Utility is bits per byte on test rows (lower is better), against each domain's add-one"
+    " smoothed unigram. A removal is exact when every remaining artefact is bit for bit the gold"
+    " retrain's; what that claim rests on stands beside it. Words instead of numbers: <i>not"
+    " applicable</i> (the operation would remove every model, or has nothing to act on),"
+    " <i>none</i> (no such domain), <i>undefined</i>, <i>no power</i> (the attack does not succeed"
+    " on the original model, so its failure elsewhere proves nothing).</p>"
+)
+LEADERBOARD = (
+    "<p>Leaderboards order operations by their mean gap to gold over forget sets; every part of"
+    " that and every price stands beside it. The aim is closeness to gold: what the golds of other"
+    " seeds show is what a difference of seeds alone looks like.</p>"
+)
+
+
 def build(folders: list[Path], output: Path) -> Path:
     """Write the report of runs into a folder; returns the page."""
     runs = sorted((load_run(folder) for folder in folders), key=lambda r: (r.n, r.name))
     tell_apart(runs)
+    names = html.escape(", ".join(run.name for run in runs))
     tables = {
         "Sizes": size_table(runs),
         "Utility (macro over domains)": macro_table(runs),
@@ -760,53 +478,67 @@ def build(folders: list[Path], output: Path) -> Path:
     for run in runs:
         if (_clusters(run) or {}).get("top_terms"):
             tables[f"Clusters of {run.name}"] = term_table(run)
-    for forget in dict.fromkeys(f for run in runs for f in run.unlearning):
-        rows = [
-            row for run in runs if forget in run.unlearning for row in unlearning_table(run, forget)
-        ]
-        tables[f"Unlearning {forget}"] = _same_columns(rows)
-        for title, table in (
-            ("Membership", attack_table),
-            ("Memory", memory_table),
-            ("Random controls", control_table),
-        ):
-            found = [row for run in runs for row in table(run, forget)]
-            if found:
-                tables[f"{title} {forget}"] = _same_columns(found)
     plots = {
-        "Utility against the cost of exact removal": ("tradeoff", plot_tradeoff(runs)),
         "Bits per byte against the number of partitions": ("utility", plot_utility(runs)),
         "Where each domain is routed": ("routing", plot_routing(runs)),
         "Mixtures of partition models": ("mixtures", plot_mixtures(runs)),
         "Every model on every cluster or domain": ("experts", plot_experts(runs)),
-        "Time to remove a domain": ("cost", plot_cost(runs)),
     }
-    page = [
-        "<!doctype html><html lang=en><meta charset=utf-8>",
-        f"<title>Tiered routing report</title><style>{STYLE}</style>",
-    ]
-    page.append(f"<h1>Tiered routing: {html.escape(', '.join(r.name for r in runs))}</h1>")
-    page.append(
-        "<p>Utility is bits per byte on test rows (lower is better), against each domain's"
-        " add-one smoothed unigram. A removal is exact when every remaining artefact is bit for bit"
-        " the gold retrain's; what that claim rests on stands beside it. Words instead of numbers:"
-        " <i>not applicable</i> (the operation would remove every model), <i>none</i> (no such"
-        " domain), <i>undefined</i>, <i>no power</i> (the attack does not succeed on the original"
-        " model, so its failure elsewhere proves nothing).</p>"
-    )
-    for title, (name, figure) in plots.items():
-        if figure is None:
-            continue
-        page.append(
-            f"<h2>{html.escape(title)}</h2>{_save_plot(figure, output / 'plots', name, title)}"
-        )
-    for title, rows in tables.items():
-        name = "".join(c if c.isalnum() else "_" for c in title.lower()).strip("_")
-        write_text(output / "tables" / f"{name}.md", markdown(rows))
-        write_text(output / "tables" / f"{name}.csv", _csv(rows))
-        page.append(f"<h2>{html.escape(title)}</h2>{_html_table(rows)}")
-    write_text(output / "index.html", "\n".join(page) + "\n</html>\n")
-    return output / "index.html"
+    page, forgets = Page(output, f"Tiered routing: {names}", INTRODUCTION), []
+    forgets = list(dict.fromkeys(f for run in runs for f in run.unlearning))
+    if forgets:
+        links = [f'<a href="forget_{f}.html">{html.escape(f)}</a>' for f in forgets]
+        page.add(f"<p>A page per forget set: {', '.join(links)}.</p>")
+        page.plots(unlearning_plots(runs))
+        page.add(LEADERBOARD)
+        page.tables(unlearning_tables(runs))
+    page.plots(plots)
+    page.tables(tables)
+    for forget in forgets:
+        back = '<p><a href="index.html">All runs, all forget sets</a></p>'
+        own = Page(output, f"Removing {forget}: {names}", back)
+        found = forget_plots(runs, forget).items()
+        own.plots({title: (f"{forget}_{name}", figure) for title, (name, figure) in found})
+        own.tables(forget_tables(runs, forget))
+        own.write(f"forget_{forget}.html")
+    return page.write("index.html")
+
+
+class Page:
+    """One self-contained HTML page; its plots and tables are files as well."""
+
+    def __init__(self, output: Path, title: str, introduction: str) -> None:
+        self.output = output
+        self.parts = [
+            "<!doctype html><html lang=en><meta charset=utf-8>",
+            f"<title>{title}</title><style>{STYLE}</style>",
+            f"<h1>{title}</h1>",
+            introduction,
+        ]
+
+    def add(self, part: str) -> None:
+        """A piece of HTML."""
+        self.parts.append(part)
+
+    def plots(self, plots: dict[str, tuple[str, plt.Figure | None]]) -> None:
+        """Title -> file name and figure; None: there is nothing to show."""
+        for title, (name, figure) in plots.items():
+            if figure is not None:
+                image = _save_plot(figure, self.output / "plots", name, title)
+                self.add(f"<h2>{html.escape(title)}</h2>{image}")
+
+    def tables(self, tables: dict[str, list[dict[str, str]]]) -> None:
+        """Title -> rows."""
+        for title, rows in tables.items():
+            name = "".join(c if c.isalnum() else "_" for c in title.lower()).strip("_")
+            write_text(self.output / "tables" / f"{name}.md", markdown(rows))
+            write_text(self.output / "tables" / f"{name}.csv", _csv(rows))
+            self.add(f"<h2>{html.escape(title)}</h2>{_html_table(rows)}")
+
+    def write(self, name: str) -> Path:
+        """The page as a file."""
+        write_text(self.output / name, "\n".join(self.parts) + "\n</html>\n")
+        return self.output / name
 
 
 def _save_plot(figure: plt.Figure, folder: Path, name: str, title: str) -> str:

@@ -1,0 +1,115 @@
+"""The report: pages, tables and plots from stored numbers, words where there are none."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import TINY_EXPERIMENTS, run_stages
+from tiered import report_unlearning
+from tiered.config import Config
+from tiered.report import build
+from tiered.runs import load_run, point
+from tiered.store import UserError
+
+OPERATIONS = Config().unlearn.operations
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def images(page: Path) -> int:
+    text = page.read_text(encoding="utf-8")
+    assert "http" not in text, "the page must need no network"
+    return text.count("<img ")
+
+
+def test_report_of_plain_runs_has_every_table_and_plot(tiny):
+    page = build([tiny / "runs" / n for n in TINY_EXPERIMENTS], tiny / "report")
+    text = page.read_text(encoding="utf-8")
+    assert images(page) == 6
+    assert text.count("<table>") == 7 + len(TINY_EXPERIMENTS) + 1  # leaderboards, claims
+    assert "Clusters of k4" in text and "top terms" in text
+    assert "Ways to partition" in text and "Mixtures (bits per byte" in text
+    assert 'href="forget_hi.html"' in text
+    found = rows(tiny / "report/tables/unlearning_hi.csv")
+    assert len(found) == len(TINY_EXPERIMENTS) * len(OPERATIONS)
+    stored = json.loads((tiny / "runs/n1/metrics.json").read_text())["unlearning"]["hi"]
+    (original,) = [r for r in found if (r["n"], r["operation"]) == ("1", "original")]
+    assert original["UA"].startswith(f"{stored['original']['UA']['value']:.3f} [")
+    # no curve, no compartments: the plots that need them are left out
+    assert images(tiny / "report/forget_hi.html") == 3 + len(TINY_EXPERIMENTS)
+    assert not list((tiny / "report/plots").glob("causal*"))
+
+
+@pytest.fixture(scope="module")
+def rich(tiny, tmp_path_factory) -> Path:
+    """Runs with two golds, gradient ascent, relearning, rounding, compartments and a sequence."""
+    folder = tmp_path_factory.mktemp("rich") / "tiny"
+    shutil.copytree(tiny, folder)
+    settings = {
+        "operations": "[original,gold,delete-S1,sisa,mask-skew,mask-random,mask-massmatched,GA]",
+        "robustness": "[relearn,int4]",
+        "compartments": "true",
+        "sequence": "[hi,de]",
+        "gold_seeds": 2,
+        "relearn_steps": 2,
+        "random_masks": 2,
+        "max_steps": 6,
+        "single_run": "runs/n4",
+    }
+    overrides = [f"unlearn.{key}={value}" for key, value in settings.items()]
+    run_stages(folder, ["unlearn_benchmarks"], "configs/n1.yaml", "configs/n2.yaml", *overrides)
+    build([folder / "runs" / n for n in ("n1", "n2")], folder / "report")
+    return folder
+
+
+def test_report_of_the_benchmark_in_full(rich):
+    # tradeoff, cost, two causal, coverage, sequence; utility, routing, mixtures, experts
+    assert images(rich / "report/index.html") == 10
+    # auc, gap, relearn, densities of two runs, rerouting
+    assert images(rich / "report/forget_hi.html") == 6
+    for name in ("robustness_hi", "memory_hi", "claims", "compartments", "leaderboard_n1"):
+        assert rows(rich / f"report/tables/{name}.csv"), name
+    robust = {(r["n"], r["operation"]): r for r in rows(rich / "report/tables/robustness_hi.csv")}
+    assert robust["1", "gold"]["relearn advantage, bpb"] == "0.000"
+    assert "UA int4" in robust["1", "GA"]
+
+
+def test_leaderboard_orders_by_the_gap_and_shows_its_parts(rich):
+    run = load_run(rich / "runs/n2")
+    board = report_unlearning.leaderboard(run)
+    gaps = [float(r["gap to gold"]) for r in board]
+    assert gaps == sorted(gaps) and board[0]["operation"] in ("gold", "sisa") and gaps[0] == 0
+    names = [r["operation"] for r in board]
+    assert "gold, other seeds" in names and len(names) == len(set(names))
+    row = board[names.index("GA")]
+    measured = run.measured("hi")
+    parts = [
+        abs(point(measured["GA"][k]) - point(measured["gold"][k])) for k in ("UA", "MIA_efficacy")
+    ]
+    parts += [
+        abs(point(measured["GA"][k]["all"]) - point(measured["gold"][k]["all"]))
+        for k in ("RA", "TA")
+    ]
+    assert float(row["gap to gold"]) == pytest.approx(np.mean(parts), abs=6e-4)
+    shown = abs(float(row["UA - gold"]))
+    assert shown == pytest.approx(parts[0], abs=6e-4)
+    assert row["exact"] == "0 of 1" and row["forget sets"] == "1 of 1"
+    assert row["verdicts"].endswith(" 1")
+
+
+def test_means_leave_words_out():
+    assert report_unlearning._mean([1.0, np.nan, 3.0]) == "2.000"
+    assert report_unlearning._mean([np.nan]) == "none"
+    assert np.isnan(point("no power")) and point({"value": 2}) == 2.0
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(UserError, match="not a run folder"):
+        load_run(tmp_path)
