@@ -144,4 +144,4 @@ def test_the_bench_measures_what_returns(tiny, tmp_path, monkeypatch):
     assert 0 < original["int4"]["UA"]["value"] <= 1
     assert set(original["int4"]["AUC_LOSS"]) == {"all", "1", "4", "16"}
     stored = read_json(context.config.run_dir / "unlearn/hi/original/robustness.json")
-    assert stored["found"]["relearn"]["bpb"] == original["relearn"]["bpb"]
+    assert stored["relearn"]["bpb"] == original["relearn"]["bpb"]

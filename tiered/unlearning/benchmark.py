@@ -39,6 +39,7 @@ from tiered.unlearning.operations import OPERATIONS
 from tiered.unlearning.protocol import (
     Losses,
     Measured,
+    Scores,
     measure,
     router_losses,
     scored_rows,
@@ -321,43 +322,48 @@ class Bench:
 
     def _robustness(self, name: str, judge: Judge) -> dict[str, Any]:
         """What rounding and relearning bring back; the curve against gold's."""
-        found = self._what_returns(name, judge)
-        if "relearn" in found:
-            gold = self._what_returns("gold", judge)["relearn"]["bpb"]
-            curve = found["relearn"]
-            advantage = relearn_advantage(curve["steps"], curve["bpb"], gold)
-            return found | {"relearn": curve | {"advantage_bpb": round(advantage, 6)}}
+        rounded, curve = self._what_returns(name)
+        found: dict[str, Any] = {r: judge.rounded(f"{name}, {r}", s) for r, s in rounded.items()}
+        if curve:
+            gold = self._what_returns("gold")[1]
+            advantage = relearn_advantage(curve["steps"], curve["bpb"], gold["bpb"])
+            found["relearn"] = curve | {"advantage_bpb": round(advantage, 6)}
         return found
 
-    def _what_returns(self, name: str, judge: Judge) -> dict[str, Any]:
-        """robustness.json of an operation, made again only if what it depends on has changed."""
+    def _what_returns(self, name: str) -> tuple[dict[str, Scores], dict[str, Any]]:
+        """Row scores under rounded weights, rounding by rounding, and the relearn curve; from their
+        files unless what they depend on has changed."""
         context, forget, folder = self.context, self.forget, self.folder(name)
-        section = context.config.unlearn
+        section, scope = context.config.unlearn, context.config.router.scope
         used = ("robustness", "relearn_share", "relearn_steps", "relearn_learning_rate")
-        used += ("batch_rows", "forget_rows", "bootstrap_samples")
-        code = ("robustness", "gradient", "measures")
+        used += ("batch_rows", "forget_rows")
         key = digest(
             {
-                "rows": [self.keys[n] for n in (name, "original")],
+                "rows": self.keys[name],
                 "settings": {n: plain(getattr(section, n)) for n in used},
-                "code": code_hash(*(f"tiered/unlearning/{m}.py" for m in code)),
+                "code": code_hash(
+                    *(f"tiered/unlearning/{m}.py" for m in ("robustness", "gradient"))
+                ),
             }
         )
+        rows = {k: r for k, r in self.scored.items() if k[0] != CANARY}
+        files = {r: folder / f"rows_{r}.parquet" for r in section.robustness if r in ROUNDING_BITS}
         path = folder / "robustness.json"
         if path.is_file() and not context.config.overwrite and read_json(path)["key"] == key:
-            return read_json(path)["found"]
+            rounded = {r: read_rows(file, rows, scope) for r, file in files.items()}
+            return rounded, read_json(path)["relearn"]
         self._say(f"{name}: robustness")
+        path.unlink(missing_ok=True)
         model, _ = load_system(context, folder / "system")
-        allowed, found = self.outcomes[name].allowed, {}
-        rows = {k: r for k, r in self.scored.items() if k[0] != CANARY}
-        for rounding in (r for r in section.robustness if r in ROUNDING_BITS):
-            bits = ROUNDING_BITS[rounding]
-            scores = rounded_scores(context, rows, model, allowed, bits)
-            found[rounding] = judge.rounded(f"{name}, {rounding}", scores)
+        allowed, rounded, curve = self.outcomes[name].allowed, {}, {}
+        for rounding, file in files.items():
+            scores = rounded_scores(context, rows, model, allowed, ROUNDING_BITS[rounding])
+            write_rows(file, rows_table(scores.values()))
+            rounded[rounding] = scores
         if "relearn" in section.robustness:  # last: it changes the model
-            found["relearn"] = relearn_curve(context, forget, model, allowed)
-        write_json(path, {"key": key, "found": found})
-        return found
+            curve = relearn_curve(context, forget, model, allowed)
+        write_json(path, {"key": key, "relearn": curve})
+        return rounded, curve
 
     def _facts(self, name: str) -> dict[str, Any]:
         outcome, gold = self.outcomes[name], self.outcomes["gold"]
