@@ -6,12 +6,17 @@ Writes  runs/<experiment>/unlearn/<forget>/<operation>/{metrics.json, rows.parqu
 
     python unlearn_benchmarks.py configs/quickstart/n16.yaml          # CPU, minutes
     python unlearn_benchmarks.py configs/c4/trained/n16.yaml unlearn.forget=hi   # one GPU
+    python unlearn_benchmarks.py configs/external.yaml --rows ROWS --target MODEL --gold MODEL
+
+With --target (and --original: the model before unlearning), folders of any Hugging Face causal LMs
+are measured on a file of rows (docs/unlearning.md); writes
+runs/<experiment>/external/<target>/metrics.json.
 """
 
 from tqdm import tqdm
 
 from tiered.config import Config, run_script
-from tiered.record import start, timed
+from tiered.record import set_up_process, start, timed
 from tiered.store import read_json, write_json
 from tiered.training import train_at_once
 from tiered.unlearning.benchmark import (
@@ -24,16 +29,22 @@ from tiered.unlearning.benchmark import (
 )
 from tiered.unlearning.checks import checks
 from tiered.unlearning.compartments import compartments
+from tiered.unlearning.external import measure_external
 
 
 def prepare(configs: list[Config]) -> None:
     """With training.num_proc above 1: train the golds of all experiments, several at a time."""
+    configs = [config for config in configs if not config.unlearn.target]
     train_at_once(configs, missing_gold_seeds)
     train_at_once(configs, missing_golds)
 
 
 def main(config: Config) -> None:
-    """All operations on all forget domains of one experiment."""
+    """All operations on all forget domains of one experiment, or a model from elsewhere."""
+    if config.unlearn.target:
+        set_up_process(config)
+        print_table(config, measure_external(config))
+        return
     # 1. the finished run that everything starts from
     context = open_run(config)
     start(config, "unlearn_benchmarks")
@@ -57,4 +68,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, __doc__, prepare)
+    flags = {f"--{key}": f"unlearn.{key}" for key in ("target", "gold", "original", "rows")}
+    run_script(main, __doc__, prepare, flags)

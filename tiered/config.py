@@ -428,6 +428,16 @@ class UnlearnConfig:
     neighbours: int = opt(4, "neighbours of a row in the neighbourhood attack", low=1)
     neighbour_swaps: float = opt(0.15, "share of tokens a neighbour swaps", low=0, high=1)
     grad_norm_rows: int = opt(200, "member and holdout rows of GradNorm, at most each", low=2)
+    target: str = opt(
+        "", "--target: folder of a causal LM that is measured in place of a run's operations"
+    )
+    gold: str = opt("", "--gold: with a target, the model retrained without the forget set")
+    original: str = opt(
+        "",
+        "--original: with a target, the model before unlearning; without it the power of attacks"
+        " and every change are undefined",
+    )
+    rows: str = opt("", "with a target: file of rows to score (docs/unlearning.md)")
     single_run: str = opt(
         "",
         "folder of a finished run with one domain per partition on the same data: what a domain's"
@@ -937,8 +947,26 @@ def help_text(doc: str) -> str:
     return "\n".join(lines)
 
 
-def parse_arguments(arguments: list[str], doc: str) -> list[Config]:
+def as_overrides(arguments: list[str], flags: Mapping[str, str]) -> list[str]:
+    """Arguments with `--flag value` and `--flag=value` as the override of the key it stands for."""
+    found, rest = [], iter(arguments)
+    for argument in rest:
+        flag, given, value = argument.partition("=")
+        if flag not in flags:
+            found.append(argument)
+            continue
+        value = value if given else next(rest, "")
+        if not value or value.startswith("-"):
+            raise UserError(f"{flag}: needs a value")
+        found.append(f"{flags[flag]}={value}")
+    return found
+
+
+def parse_arguments(
+    arguments: list[str], doc: str, flags: Mapping[str, str] | None = None
+) -> list[Config]:
     """Configs of a command line; prints help and exits 0 for --help."""
+    arguments = as_overrides(arguments, flags or {})
     if not arguments or "--help" in arguments or "-h" in arguments:
         with contextlib.suppress(BrokenPipeError):  # `--help | head`: the reader has left
             print(help_text(doc), flush=True)
@@ -966,13 +994,14 @@ def run_script(
     main: Callable[[Config], None],
     doc: str,
     prepare: Callable[[list[Config]], None] | None = None,
+    flags: Mapping[str, str] | None = None,
 ) -> None:
-    """Run `prepare` on all configs of the call, then `main` on each.
+    """Run `prepare` on all configs of the call, then `main` on each; flags: option -> config key.
 
     A user's mistake is one line on stderr and exit code 2.
     """
     try:
-        configs = parse_arguments(sys.argv[1:], doc)
+        configs = parse_arguments(sys.argv[1:], doc, flags)
         if prepare is not None:
             prepare(configs)
         for config in configs:

@@ -34,6 +34,7 @@ from tiered.store import (
 )
 from tiered.training import missing_models, missing_seeds
 from tiered.unlearning.controls import control_draws
+from tiered.unlearning.external import write_row_file
 from tiered.unlearning.measures import Judge
 from tiered.unlearning.operations import OPERATIONS
 from tiered.unlearning.protocol import (
@@ -59,6 +60,9 @@ from tiered.workers import Call
 SCHEMA = 2
 CONTROLS = ("mask-random", "mask-massmatched")  # measured over several draws
 _LOSSES = ("members", "holdout")
+# keys of unlearn that say what is done, not how one operation on one forget set is measured
+_OF_THE_CALL = ("forget", "operations", "single_run", "compartments", "sequence")
+_OF_THE_CALL += ("target", "gold", "original", "rows")
 # What decides the measures of an operation besides row scores.
 MEASURING_CODE = tuple(
     f"tiered/{name}.py"
@@ -194,6 +198,8 @@ class Bench:
 
     def run(self) -> dict[str, Any]:
         """Measures of every operation: operation -> measures or words."""
+        near, _ = self.context.neighbours(self.forget)
+        write_row_file(self.folder("rows.jsonl"), self.scored, near)
         self._operate()
         for name, outcome in self.outcomes.items():
             self._say(f"{name}: scores")
@@ -205,7 +211,7 @@ class Bench:
         return {name: self._result(name, judge) for name in self.names}
 
     def folder(self, operation: str) -> Path:
-        """Where an operation's results are kept."""
+        """Where an operation's results are kept, or what all of them share."""
         return self.context.config.run_dir / "unlearn" / self.forget.name / operation
 
     def _say(self, text: str) -> None:
@@ -447,7 +453,7 @@ def _tokenizer_domains(context: Context) -> list[str]:
 def _science(config: Config) -> dict[str, Any]:
     """The config without what cannot change a result of one operation on one forget set."""
     value = plain(config)
-    for key in ("forget", "operations", "single_run", "compartments", "sequence"):
+    for key in _OF_THE_CALL:
         del value["unlearn"][key]  # single_run: what it measured stands in the key itself
     for key in ("output_dir", "overwrite", "name"):
         del value[key]
@@ -458,7 +464,8 @@ def _science(config: Config) -> dict[str, Any]:
 
 def print_table(config: Config, results: dict[str, Any]) -> None:
     """The few columns that tell the story, one line per operation."""
-    print(f"{config.name} ({config.partition.method}, n = {config.partition.n})")
+    about = f"{config.partition.method}, n = {config.partition.n}"
+    print(f"{config.name} ({config.unlearn.target or about})")
     columns = ("UA", "UA_norm", "bpb test", "bpb near", "bpb far", "AUC", "verdict", "exact")
     widths = (8, 11, 10, 10, 9, 11, 17, 7)
     head = "".join(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True))
@@ -472,9 +479,15 @@ def print_table(config: Config, results: dict[str, Any]) -> None:
             repeated = cells[max(cells, key=lambda k: -1 if k == "all" else int(k))]
             retain = r["bpb"]["retain"]
             values = [r["UA"], r["UA_norm"], r["bpb"]["test"], retain["near"], retain["far"]]
-            values += [repeated, r["verdict"], "yes" if r["exact"] else "no"]
+            values += [repeated, r["verdict"]]
+            tokens = "-"
+            if "cost" in r:  # of a model from elsewhere nobody knows
+                values.append("yes" if r["exact"] else "no")
+                tokens = f"{r['cost']['tokens']:,}"
+            else:
+                values.append("-")
             line = "".join(f"{_cell(v):>{w}}" for v, w in zip(values, widths, strict=True))
-            print(f"{forget:10}{name:18}{line}{r['cost']['tokens']:12,}")
+            print(f"{forget:10}{name:18}{line}{tokens:>12}")
 
 
 def _cell(value: Any) -> str:

@@ -54,8 +54,9 @@ OVER, LEAKS, AS_GOLD = "over-unlearning", "leaks", "as gold"
 class Judge:
     """Measures of every operation on one forget set; what they share is computed once.
 
-    measured: operation -> row scores; holds at least original and gold. Golds of other seeds are
-    called gold-seed-<seed>. alone: what every domain is worth by itself, for the model utility.
+    measured: operation -> row scores; holds at least gold. Golds of other seeds are called
+    gold-seed-<seed>. Without original, what needs it is `undefined`: changes, the power of attacks.
+    alone: what every domain is worth by itself, for the model utility.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Judge:
     ) -> None:
         self.context, self.forget, self.measured, self.alone = context, forget, measured, alone
         self.section = context.config.unlearn
+        self.has_original = "original" in measured
         self.golds = [name for name in measured if is_gold_name(name)]
         near, far = context.neighbours(forget)
         self.groups = {"all": near + far, "near": near, "far": far}
@@ -76,7 +78,7 @@ class Judge:
 
     def metrics(self, operation: str, edited: bool = False) -> dict[str, Any]:
         """All measures of one operation, JSON-ready; edited: it changed what models compute."""
-        u, o = self.scores(operation), self.scores("original")
+        u, o = self.scores(operation), self.scores("original") if self.has_original else None
         f = self.forget.domain
         members = u["forget", f]
         result: dict[str, Any] = {
@@ -94,10 +96,10 @@ class Judge:
                 "retain": {n: self.bpb_over(u, ds) for n, ds in self.groups.items()},
             },
             "bpb_change": {
-                "test": self.bpb_change([o["test", f]], [u["test", f]]),
+                "test": self.bpb_change_over(o, u, [f]),
                 **{n: self.bpb_change_over(o, u, ds) for n, ds in self.groups.items()},
             },
-            "far_rows_changed": changed_rows(o, u, self.groups["far"]),
+            "far_rows_changed": changed_rows(o, u, self.groups["far"]) if o else UNDEFINED,
             **self.utility(operation),
             "extraction_strength": self.extraction_strength(operation),
             "verbatim": self.verbatim(operation),
@@ -166,10 +168,10 @@ class Judge:
         drawn = np.mean([self._bpb_draws(b) - self._bpb_draws(a) for a, b in pairs], 0)
         return Interval.of(value, drawn).as_json()
 
-    def bpb_change_over(self, o: Scores, u: Scores, domains: list[str]) -> Any:
+    def bpb_change_over(self, o: Scores | None, u: Scores, domains: list[str]) -> Any:
         """`bpb_change` on the domains' test rows: the collateral of an operation."""
-        if not domains:
-            return NONE
+        if not domains or o is None:
+            return NONE if not domains else UNDEFINED
         return self.bpb_change([o["test", d] for d in domains], [u["test", d] for d in domains])
 
     def utility(self, operation: str) -> dict[str, Any]:
@@ -204,6 +206,8 @@ class Judge:
 
     def ua_norm(self, operation: str) -> Any:
         """UA_norm on member rows; `undefined` where original and gold differ by less than 2 SE."""
+        if not self.has_original:
+            return UNDEFINED
         f = self.forget.domain
         parts = [self.scores(n)["forget", f] for n in ("original", operation, "gold")]
         shares = [p.correct / p.tokens for p in parts]
@@ -398,11 +402,14 @@ class Judge:
 
     def times(self) -> list[str]:
         """`all`, and how often members occur in training."""
-        members = self.scores("original")["forget", self.forget.domain].rows
+        members = self.scores("gold")["forget", self.forget.domain].rows
         return ["all", *(str(t) for t in np.unique(members.occurrences))]
 
     def power(self, name: str, times: str) -> Interval | None:
-        """AUC of an attack on the original system; None where it has too few rows."""
+        """AUC of an attack on the original system; None where it has too few rows, or is not
+        known."""
+        if not self.has_original:
+            return None
         if (name, times) not in self._power:
             pair = self.attack("original", name, times)
             enough = pair is not None and min(map(len, pair)) >= 2
@@ -453,9 +460,10 @@ class Judge:
         found: dict[str, Any] = {}
         for name in self.section.attacks:
             pair = self.attack(operation, name)
-            if pair is None or len(pair[1]) < LEAST_NON_MEMBERS:
+            power = self.power(name, "all")
+            if pair is None or power is None or len(pair[1]) < LEAST_NON_MEMBERS:
                 found[name] = UNDEFINED
-            elif self.power(name, "all") is None or not has_power(self.power(name, "all")):
+            elif not has_power(power):
                 found[name] = NO_POWER
             else:
                 generator = np.random.default_rng(self.seed(name, "tpr"))
@@ -476,7 +484,7 @@ class Judge:
         sizes = max((tuple(map(len, pair)) for pair in pairs.values()), default=None)
         pairs = {name: pair for name, pair in pairs.items() if tuple(map(len, pair)) == sizes}
         if not pairs:
-            return NO_POWER
+            return NO_POWER if self.has_original else UNDEFINED
         generator = np.random.default_rng(self.seed("permutation"))
         found = permuted_maximum(pairs, self.section.bootstrap_samples, generator)
         return {
@@ -514,7 +522,7 @@ class Judge:
         """LOSS AUC of the Level-1 embedder: its training rows of f against f's holdout."""
         pairs = []
         for name in ("original", operation):
-            measured = self.measured[name]
+            measured = self.measured.get(name, Measured({}, None, None))
             if measured.router_members is None or measured.router_holdout is None:
                 return NOT_APPLICABLE
             pairs.append((measured.router_members, measured.router_holdout))
@@ -539,7 +547,8 @@ class Judge:
                 below = cell["value"] < 0.5 - 1.96 * cell["standard_error"]
                 beyond = difference["high"] < 0 and below
                 words.append(LEAKS if difference["low"] > 0 else OVER if beyond else AS_GOLD)
-        return next((word for word in (LEAKS, OVER, AS_GOLD) if word in words), NO_POWER)
+        none = NO_POWER if self.has_original else UNDEFINED
+        return next((word for word in (LEAKS, OVER, AS_GOLD) if word in words), none)
 
     def verdict(self, result: dict[str, Any]) -> str:
         """Membership's word for an edited model; over-unlearning too where members cost surely
