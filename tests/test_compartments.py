@@ -118,6 +118,10 @@ def test_removals_in_sequence_go_on_until_nothing_is_left(found):
     change = sum(causal.values())
     both = 3 * second["bpb_staying"] + second["bpb_gone"] - 4 * first["bpb_staying"]
     assert both == pytest.approx(change, abs=1e-5)
+    assert second["bpb_change_gone"] == pytest.approx(causal["hi"], abs=2e-6)
+    others = [v for d, v in causal.items() if d != "hi"]
+    assert second["bpb_change_staying"] == pytest.approx(sum(others) / 3, abs=2e-6)
+    assert first["bpb_change_staying"] == 0 and first["bpb_change_gone"] == "none"
     two = found["n2"][1]["sequence"]
     assert len(two["delete"]) == 3  # hi takes si along, de the rest
     purged = two["mask-skew"]

@@ -340,6 +340,7 @@ def _panels(count: int, columns: int, size: tuple[float, float], **shared: Any) 
     """A figure with a grid of panels; those beyond `count` are left blank."""
     columns = min(columns, count)
     rows = -(-count // columns)
+    size = (max(size[0], 6.5 / columns), size[1])  # one panel alone still holds its labels
     figure, grid = plt.subplots(
         rows,
         columns,
@@ -403,7 +404,7 @@ def plot_densities(run: Run, forget: str) -> plt.Figure | None:
                 axes.plot(grid, density, line, color="black", lw=1.2, label=label)
         axes.set_title(name, fontsize=9)
         axes.set_yticks([])
-        axes.tick_params(labelsize=8)
+        axes.tick_params(labelsize=8, labelbottom=True)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=9)
     figure.supxlabel(f"{run.label}: loss of {forget} rows (nats per token)", fontsize=10)
@@ -463,7 +464,7 @@ def plot_auc(runs: list[Run], forget: str) -> plt.Figure | None:
         axes.grid(axis="x", color="0.9", lw=0.5)
     panels[0].invert_yaxis()
     figure.supxlabel(
-        f"AUC of the LOSS attack on {forget} (shaded: 0.5 $\\pm$ 1.96 standard errors of chance)",
+        f"AUC of the LOSS attack on {forget}\n(shaded: 0.5 $\\pm$ 1.96 standard errors of chance)",
         fontsize=10,
     )
     named = {}
@@ -503,7 +504,8 @@ def plot_relearn(runs: list[Run], forget: str) -> plt.Figure | None:
         axes.set_xticks(np.log2(1 + np.array(steps)), [str(s) for s in steps], fontsize=8)
         axes.set_title(label, fontsize=10)
     panels[0].set_ylabel(f"other members of {forget} (bits per byte)")
-    figure.supxlabel("steps on the relearn rows (log2(1 + steps); thin grey: other operations)")
+    label = "steps on the relearn rows (log2(1 + steps); thin grey: other operations)"
+    figure.supxlabel(label, fontsize=9)
     named = {}
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
@@ -545,7 +547,7 @@ def plot_gap(runs: list[Run], forget: str) -> plt.Figure | None:
         axes.set_title(run.label, fontsize=10)
     panels[0].set_ylabel("mean gap to gold (UA, RA, TA, MIA efficacy)")
     figure.supxlabel(
-        "time of the operation (seconds, log); filled: exact; dashed: original; shaded: golds of"
+        "time of the operation (seconds, log)\nfilled: exact; dashed: original; shaded: golds of"
         " other seeds",
         fontsize=9,
     )
@@ -768,14 +770,14 @@ def plot_sequence(runs: list[Run]) -> plt.Figure | None:
             if len(steps) < 2:
                 continue
             style = {**GREY, "marker": marker, "mfc": "white", "ls": line}
-            for axes, key in ((left, "bpb_staying"), (right, "bpb_gone")):
+            for axes, key in ((left, "bpb_change_staying"), (right, "bpb_change_gone")):
                 points = [(s["removed"], s[key]) for s in steps if not isinstance(s[key], str)]
                 label = f"{run.label}, {method}"
                 axes.plot(*zip(*points, strict=True), label=label, **style)
     if not left.lines:
         plt.close(figure)
         return None
-    left.set_ylabel("test loss, macro mean (bits per byte)")
+    left.set_ylabel("change of test loss, macro mean (bits per byte)")
     left.set_title("domains that stay", fontsize=10)
     right.set_title("domains that are gone", fontsize=10)
     for axes in (left, right):

@@ -20,8 +20,9 @@ def sequence(
     rows: dict[str, Rows],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Per method the macro bits per byte on domains that stay and on those that are gone, after
-    every removal of `unlearn.sequence`, nothing removed first; a word from where it cannot go on.
+    """Per method the macro bits per byte on domains that stay and on those that are gone, and what
+    it has changed by on the same domains, after every removal of `unlearn.sequence`, nothing
+    removed first; a word from where it cannot go on.
 
     delete: partitions are dropped, neighbours lose theirs and still count as staying. mask-skew:
     the union of the domains' masks.
@@ -30,6 +31,7 @@ def sequence(
     found: dict[str, Any] = {"order": list(order), "delete": [], "mask-skew": []}
     for method in ("delete", "mask-skew"):
         masks: Masks = {}
+        before: dict[str, float] = {}
         for i in range(len(order) + 1):
             gone = order[:i]
             say(f"{method} of {i} of {len(order)} domains")
@@ -41,7 +43,8 @@ def sequence(
                 found[method].append(str(reason))
                 break
             bpb = removal_bpb(context, model, rows, masks, allowed)
-            found[method].append(_step(bpb, gone))
+            before = before or bpb
+            found[method].append(_step(bpb, before, gone))
     return found
 
 
@@ -60,10 +63,11 @@ def _united(masks: Masks, context: Context, domain: str) -> Masks:
     return masks | {k: torch.logical_or(purged, masks.get(k, purged)) for k, purged in new.items()}
 
 
-def _step(bpb: dict[str, float], gone: tuple[str, ...]) -> dict[str, Any]:
-    staying = [v for d, v in bpb.items() if d not in gone]
-    return {
-        "removed": len(gone),
-        "bpb_staying": round(float(np.mean(staying)), 6) if staying else NONE,
-        "bpb_gone": round(float(np.mean([bpb[d] for d in gone])), 6) if gone else NONE,
-    }
+def _step(bpb: dict[str, float], before: dict[str, float], gone: tuple[str, ...]) -> dict[str, Any]:
+    step: dict[str, Any] = {"removed": len(gone)}
+    # which domains stay changes from step to step: only the change on them compares steps
+    for name, domains in (("staying", [d for d in bpb if d not in gone]), ("gone", gone)):
+        values = np.array([[bpb[d], bpb[d] - before[d]] for d in domains])
+        mean = [round(float(v), 6) for v in values.mean(0)] if len(values) else [NONE, NONE]
+        step |= {f"bpb_{name}": mean[0], f"bpb_change_{name}": mean[1]}
+    return step
