@@ -35,6 +35,7 @@ OPERATIONS = (  # of unlearning, in the order of tables
     *("delete-S0", "delete-S1", "delete-S2", "sisa"),
     *("mask-skew", "mask-topshare", "mask-mass", "mask-random", "mask-massmatched", "reinit"),
     *("fine-tune", "l1-sparse", "GA", "GradDiff", "NPO", "SimNPO", "task-vector"),
+    *("RMU", "UNDIAL", "SEUF"),
 )
 # TrainingArguments that this project sets itself, and where the user sets them instead.
 RESERVED_ARGUMENTS = {
@@ -479,7 +480,8 @@ class UnlearnConfig:
     )
     retain_weight: float = opt(
         1.0,
-        "GradDiff, NPO, SimNPO: weight of the retain loss, where there is anything to retain",
+        "GradDiff, NPO, SimNPO, UNDIAL, SEUF: weight of the retain loss, where there is anything to"
+        " retain",
         low=0,
     )
     compartments: bool = opt(
@@ -504,6 +506,16 @@ class UnlearnConfig:
     task_vector_scale: float = opt(
         1.0, "task-vector: share of the vector that is subtracted", low=0
     )
+    rmu_layer: int = opt(0, "RMU: layers whose output is steered; 0: half of them", low=0)
+    rmu_steering: float = opt(
+        5.0, "RMU: length of the target, in lengths of the original state", low=0
+    )
+    rmu_retain_weight: float = opt(100.0, "RMU: weight of the retained states' distance", low=0)
+    undial_strength: float = opt(
+        10.0, "UNDIAL: what is taken off the right token's logit, nats", low=0
+    )
+    seuf_experts: int = opt(8, "SEUF: experts per router group that are trained", low=1)
+    seuf_anchor_weight: float = opt(1.0, "SEUF: weight of the routers' anchor", low=0)
 
 
 @dataclass(frozen=True)

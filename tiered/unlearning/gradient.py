@@ -26,6 +26,9 @@ from tiered.training import partition_blocks
 from tiered.unlearning.deletion import models_without
 from tiered.unlearning.systems import Context, Forget, NotApplicable, Outcome, edited
 
+# What decides a model that a gradient method edited: scoring and statistics decide when it stops.
+GRADIENT_CODE = tuple(f"tiered/{n}.py" for n in ("scoring", "statistics", "unlearning/gradient"))
+
 
 @dataclass
 class Task:
@@ -190,9 +193,19 @@ def descend(
     return {"steps": step, "tokens": tokens, "stopped": reason or "all steps done"}
 
 
-# --- methods: each edits a model in place and returns entries of its record ---------------------
+# --- methods ------------------------------------------------------------------------------------
 
-Method = Callable[[torch.nn.Module, Task], dict[str, Any]]
+
+@dataclass(frozen=True)
+class Method:
+    """edit: changes a model in place and returns entries of its record; settings: the fields of
+    `unlearn` that decide its result besides those of every method; needs_retain: it is nothing
+    without retain blocks; code: files that decide its result besides GRADIENT_CODE."""
+
+    edit: Callable[[torch.nn.Module, Task], dict[str, Any]]
+    settings: tuple[str, ...] = ()
+    needs_retain: bool = False
+    code: tuple[str, ...] = ()
 
 
 def fine_tune(model: torch.nn.Module, task: Task) -> dict[str, Any]:
@@ -232,7 +245,7 @@ def npo(model: torch.nn.Module, task: Task) -> dict[str, Any]:
         with torch.no_grad():
             reference = sequence_log_probs(original, forget)
         own = npo_loss(sequence_log_probs(m, forget), reference, section.npo_beta)
-        return own + _retained(m, retain, section.retain_weight)
+        return own + retain_loss(m, retain, section.retain_weight)
 
     return descend(model, task, "NPO", loss, "forget retain")
 
@@ -244,12 +257,15 @@ def simnpo(model: torch.nn.Module, task: Task) -> dict[str, Any]:
     def loss(m: torch.nn.Module, forget: torch.Tensor, retain: torch.Tensor, _: float):
         log_probs, length = sequence_log_probs(m, forget), forget.shape[1] - 1
         own = simnpo_loss(log_probs, length, section.simnpo_beta, section.simnpo_gamma)
-        return own + _retained(m, retain, section.retain_weight)
+        return own + retain_loss(m, retain, section.retain_weight)
 
     return descend(model, task, "SimNPO", loss, "forget retain")
 
 
-def _retained(model: torch.nn.Module, retain: torch.Tensor, weight: float) -> torch.Tensor | float:
+def retain_loss(
+    model: torch.nn.Module, retain: torch.Tensor, weight: float
+) -> torch.Tensor | float:
+    """weight * L of retain blocks (B, T); 0 where there are none."""
     return weight * nll(model, retain) if len(retain) and weight else 0.0
 
 
@@ -269,26 +285,25 @@ def task_vector(model: torch.nn.Module, task: Task) -> dict[str, Any]:
     return record
 
 
-METHODS: dict[str, tuple[Method, bool]] = {  # name -> (method, whether it needs retain blocks)
-    "fine-tune": (fine_tune, True),
-    "l1-sparse": (l1_sparse, True),
-    "GA": (gradient_ascent, False),
-    "GradDiff": (gradient_difference, True),
-    "NPO": (npo, False),
-    "SimNPO": (simnpo, False),
-    "task-vector": (task_vector, False),
+METHODS: dict[str, Method] = {
+    "fine-tune": Method(fine_tune, needs_retain=True),
+    "l1-sparse": Method(l1_sparse, ("l1_weight",), needs_retain=True),
+    "GA": Method(gradient_ascent),
+    "GradDiff": Method(gradient_difference, ("retain_weight",), needs_retain=True),
+    "NPO": Method(npo, ("retain_weight", "npo_beta")),
+    "SimNPO": Method(simnpo, ("retain_weight", "simnpo_beta", "simnpo_gamma")),
+    "task-vector": Method(task_vector, ("task_vector_scale",)),
 }
 
 
 # --- an operation ---------------------------------------------------------------------------------
 
 
-def unlearn(name: str, context: Context, forget: Forget) -> Outcome:
+def unlearn(name: str, method: Method, context: Context, forget: Forget) -> Outcome:
     """The run with a method applied to every model whose partition holds the forget set."""
-    method, needs_retain = METHODS[name]
     touched = context.touched(forget)
     blocks = {k: forget_and_retain_blocks(context, forget, k) for k in touched}
-    if needs_retain and any(not len(retain) for _, retain in blocks.values()):
+    if method.needs_retain and any(not len(retain) for _, retain in blocks.values()):
         raise NotApplicable(f"{NOT_APPLICABLE}: its partition holds nothing else to train on")
     golds, _ = models_without(context, forget)
     edits = {}
@@ -299,7 +314,7 @@ def unlearn(name: str, context: Context, forget: Forget) -> Outcome:
         inputs = {
             "operation": name,
             "forget": forget.identity(),
-            "settings": settings_of(context, name),
+            "settings": settings_of(context, name, method),
             "blocks": [digest(part.tolist()) for part in blocks[k]],
             "gold": content_hash(golds[k]) if k in golds else None,
             "seed": context.config.seed,
@@ -307,26 +322,19 @@ def unlearn(name: str, context: Context, forget: Forget) -> Outcome:
         }
 
         def edit(model: torch.nn.Module, task: Task = task) -> dict[str, Any]:
-            return method(model, task)
+            return method.edit(model, task)
 
-        edits[k] = edited(context, k, inputs, edit, time.perf_counter())
+        code = (*GRADIENT_CODE, *method.code)
+        edits[k] = edited(context, k, inputs, edit, code, time.perf_counter())
     return Outcome.of_edits(context, edits)
 
 
-def settings_of(context: Context, name: str) -> dict[str, Any]:
+def settings_of(context: Context, name: str, method: Method) -> dict[str, Any]:
     """The unlearn fields that a method's result depends on."""
     section = context.config.unlearn
-    common = ("learning_rate", "max_steps", "batch_rows", "check_steps", "check_rows")
-    own = {
-        "l1-sparse": ("l1_weight",),
-        "GradDiff": ("retain_weight",),
-        "NPO": ("retain_weight", "npo_beta"),
-        "SimNPO": ("retain_weight", "simnpo_beta", "simnpo_gamma"),
-        "task-vector": ("task_vector_scale",),
-    }
-    values = {n: getattr(section, n) for n in (*common, "max_retain_loss", *own.get(name, ()))}
-    values["learning_rate"] = section.learning_rates.get(name, section.learning_rate)
-    return values
+    common = ("max_steps", "batch_rows", "check_steps", "check_rows", "max_retain_loss")
+    values = {n: getattr(section, n) for n in (*common, *method.settings)}
+    return values | {"learning_rate": section.learning_rates.get(name, section.learning_rate)}
 
 
 def forget_and_retain_blocks(

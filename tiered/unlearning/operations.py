@@ -7,9 +7,10 @@ from, and NotApplicable carries the words that tables print instead of numbers.
 from collections.abc import Callable
 from functools import partial
 
-from tiered.unlearning import deletion, purge
-from tiered.unlearning.gradient import METHODS, unlearn
+from tiered.unlearning import deletion, gradient, purge, targeted
 from tiered.unlearning.systems import Context, Forget, Outcome
+
+METHODS: dict[str, gradient.Method] = gradient.METHODS | targeted.METHODS
 
 OPERATIONS: dict[str, Callable[[Context, Forget], Outcome]] = {
     "original": deletion.original,
@@ -25,5 +26,5 @@ OPERATIONS: dict[str, Callable[[Context, Forget], Outcome]] = {
     "mask-random": purge.mask_random,
     "mask-massmatched": purge.mask_massmatched,
     "reinit": purge.reinit,
-    **{name: partial(unlearn, name) for name in METHODS},
+    **{name: partial(gradient.unlearn, name, method) for name, method in METHODS.items()},
 }

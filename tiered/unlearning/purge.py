@@ -23,6 +23,7 @@ from tiered.router import load_models
 from tiered.store import code_hash, content_hash, digest, seed_of
 from tiered.unlearning.systems import Context, Forget, NotApplicable, Outcome, edited
 
+PURGE_CODE = ("tiered/unlearning/purge.py",)
 Scores = dict[str, torch.Tensor]  # domain -> mean weight of every expert (G, E, E) float64
 Masks = dict[int, torch.Tensor]  # partition -> experts that are purged (G, E, E) bool
 
@@ -157,7 +158,7 @@ def _masked(context: Context, masks: Callable[[], Masks]) -> Outcome:
             model.purge_experts(~purged)
             return {"tokens": 0, "purged": purged.flatten(1).sum(1).tolist()}
 
-        changed[k] = edited(context, k, inputs, make, begin)
+        changed[k] = edited(context, k, inputs, make, PURGE_CODE, begin)
         begin = time.perf_counter()
     return Outcome.of_edits(context, changed)
 
@@ -224,7 +225,7 @@ def reinit(context: Context, forget: Forget) -> Outcome:
             model.load_state_dict(fresh.state_dict())
             return {"tokens": 0}
 
-        changed[k] = edited(context, k, {"operation": "reinit"}, make, begin)
+        changed[k] = edited(context, k, {"operation": "reinit"}, make, PURGE_CODE, begin)
         begin = time.perf_counter()
     outcome = Outcome.of_edits(context, changed)
     outcome.weights_removed = True

@@ -35,12 +35,6 @@ from tiered.store import (
 )
 from tiered.training import trained_rows
 
-# What decides an edited model; scoring and statistics decide when a gradient method stops.
-EDITING_CODE = tuple(
-    f"tiered/{name}.py"
-    for name in ("scoring", "statistics", "unlearning/gradient", "unlearning/purge")
-)
-
 
 class NotApplicable(Exception):
     """An operation that makes no sense for this run and forget set; its text is printed."""
@@ -163,16 +157,18 @@ def edited(
     k: int,
     inputs: dict[str, Any],
     edit: Callable[[PreTrainedModel], dict[str, Any]],
+    code: tuple[str, ...],
     begin: float,
 ) -> tuple[Path, bool]:
     """Folder of partition k's model after an edit in place, and whether the store had it already.
 
     inputs: what decides the edit besides the model; edit: returns entries of record.json, with
-    `tokens` (those trained on); begin: when the operation began, as time.perf_counter() says it.
+    `tokens` (those trained on); code: files that decide what it does; begin: when the operation
+    began, as time.perf_counter() says it.
     """
     source, config = context.models[k], context.config
     made_from = {"model": content_hash(source), **inputs}
-    key = digest([made_from, environment(config), code_hash(*EDITING_CODE)])
+    key = digest([made_from, environment(config), code_hash(*code)])
     folder = config.store_dir / "edited" / key
     if is_complete(folder) and not config.overwrite:
         verify(folder)
