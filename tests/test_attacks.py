@@ -198,8 +198,8 @@ def test_a_plain_head_is_scored_in_chunks_as_in_one(monkeypatch):
 def test_the_papers_classifier_separates_confidences():
     g = np.random.default_rng(4)
     members, others = g.normal(0.8, 0.03, 200), g.normal(0.3, 0.03, 90)
-    assert attacks.svc_efficacy(members, others, g.normal(0.8, 0.03, 50), 0) == 0.0
-    assert attacks.svc_efficacy(members, others, g.normal(0.3, 0.03, 50), 0) == 1.0
+    assert not attacks.svc_non_members(members, others, g.normal(0.8, 0.03, 50), 0).any()
+    assert attacks.svc_non_members(members, others, g.normal(0.3, 0.03, 50), 0).all()
 
 
 # --- what holdout rows may share with train --------------------------------------------------

@@ -26,7 +26,7 @@ def measures(auc: float | str, p: float = 1.0, exact: bool = False, **more):
 def test_claims_by_hand():
     """Three cells at chance: p 0.03, 0.5, 0.02 become 0.06, 0.5, 0.06."""
     purge = {"bpb_change": {"test": {"value": 0.3}}}
-    curve = {"robustness": {"relearn": {"bpb": [4.0, 3.0], "advantage_bpb": 0.0}}}
+    curve = {"robustness": {"relearn": {"bpb": [4.0, 3.0], "advantage_bpb": {"value": 0.0}}}}
     operations = {
         "original": measures(0.9, 1e-9),
         "gold": measures(0.52, 0.5, exact=True) | curve,

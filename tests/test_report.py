@@ -77,7 +77,7 @@ def test_report_of_the_benchmark_in_full(rich):
     for name in ("robustness_hi", "memory_hi", "claims", "compartments", "leaderboard_n1"):
         assert rows(rich / f"report/tables/{name}.csv"), name
     robust = {(r["n"], r["operation"]): r for r in rows(rich / "report/tables/robustness_hi.csv")}
-    assert robust["1", "gold"]["relearn advantage, bpb"] == "0.000"
+    assert robust["1", "gold"]["relearn advantage, bpb"] == "0.000 [0.000, 0.000]"
     assert "UA int4" in robust["1", "GA"]
 
 
@@ -105,7 +105,8 @@ def test_leaderboard_orders_by_the_gap_and_shows_its_parts(rich):
 
 
 def test_means_leave_words_out():
-    assert report_unlearning._mean([1.0, np.nan, 3.0]) == "2.000"
+    assert report_unlearning._mean([1.0, np.nan, 3.0]) == "2.000 (1.000 to 3.000)"
+    assert report_unlearning._mean([2.0, np.nan, 2.0]) == "2.000"
     assert report_unlearning._mean([np.nan]) == "none"
     assert np.isnan(point("no power")) and point({"value": 2}) == 2.0
 

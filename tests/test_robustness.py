@@ -135,13 +135,20 @@ def test_the_bench_measures_what_returns(tiny, tmp_path, monkeypatch):
     config = dataclasses.replace(context.config, unlearn=section)
     results = Bench(dataclasses.replace(context, config=config), HI).run()
     gold = results["gold"]["robustness"]
-    assert gold["relearn"]["advantage_bpb"] == 0
+    nothing = {"value": 0.0, "low": 0.0, "high": 0.0, "standard_error": 0.0}
+    assert gold["relearn"]["advantage_bpb"] == nothing
     # a model that knows the domain is ahead from step 0 on
     original = results["original"]["robustness"]
     differences = np.array(gold["relearn"]["bpb"]) - original["relearn"]["bpb"]
     assert (differences > 0).all()
-    assert differences.min() <= original["relearn"]["advantage_bpb"] <= differences.max()
+    advantage = original["relearn"]["advantage_bpb"]
+    assert differences.min() <= advantage["value"] <= differences.max()
+    assert 0 < advantage["low"] < advantage["value"] < advantage["high"]
     assert 0 < original["int4"]["UA"]["value"] <= 1
     assert set(original["int4"]["AUC_LOSS"]) == {"all", "1", "4", "16"}
     stored = read_json(context.config.run_dir / "unlearn/hi/original/robustness.json")
-    assert stored["relearn"]["bpb"] == original["relearn"]["bpb"]
+    curve = stored["relearn"]
+    assert curve["bpb"] == original["relearn"]["bpb"]
+    # the curve is that of its rows
+    bits = np.array(curve["loss_nats"]).sum(1) / np.log(2) / sum(curve["num_bytes"])
+    assert bits == pytest.approx(curve["bpb"], abs=1e-5)

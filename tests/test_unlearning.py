@@ -110,7 +110,9 @@ def test_near_and_far_are_words_where_there_is_no_such_domain(measured):
 def test_gold_against_itself_has_no_gap_and_original_is_attacked(measured):
     """I5: D = 0, p = 1, gaps 0, PrivLeak 0, UA_norm 1; the original's UA_norm is 0."""
     gold = metrics(context(2), measured, "gold")
-    assert gold["gap_to_gold"] == 0 and gold["PrivLeak"] == 0.0 and gold["s_MIA"] == 1.0
+    nothing = {"value": 0.0, "low": 0.0, "high": 0.0, "standard_error": 0.0}
+    assert gold["gap_to_gold"] == nothing == gold["PrivLeak"]
+    assert gold["s_MIA"]["value"] == gold["s_MIA"]["low"] == 1.0
     assert gold["UA_norm"]["value"] == gold["UA_norm"]["low"] == 1.0
     to_gold = gold["to_gold"]
     assert to_gold["KS"] == {"D": 0.0, "p": 1.0} and to_gold["wilcoxon_p"] == 1.0
@@ -118,7 +120,7 @@ def test_gold_against_itself_has_no_gap_and_original_is_attacked(measured):
     original = metrics(context(2), measured, "original")
     assert original["UA_norm"]["value"] == 0.0
     assert original["AUC"]["LOSS"]["all"]["value"] > 0.99
-    assert original["MIA_efficacy"] == 0.0
+    assert original["MIA_efficacy"]["value"] == original["MIA_efficacy"]["high"] == 0.0
     assert original["membership_verdict"] == LEAKS and gold["verdict"] == AS_GOLD
     assert gold["AUC_minus_gold"]["all"]["low"] == gold["AUC_minus_gold"]["all"]["high"] == 0
     difference = original["AUC"]["LOSS"]["all"]["value"] - gold["AUC"]["LOSS"]["all"]["value"]

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from scipy.stats import gaussian_kde
 
+from tiered.metrics import NONE
 from tiered.runs import Run, cell, point, same_columns
 from tiered.statistics import chance_error
 from tiered.store import read_json
@@ -221,7 +222,8 @@ def leaderboard(run: Run) -> list[dict[str, str]]:
         for name, r in measured.items():
             label = "gold, other seeds" if is_seed(name) else name
             found.setdefault(label, []).append((name, r, measured["gold"]))
-    order = sorted(found, key=lambda name: np.mean([r["gap_to_gold"] for _, r, _ in found[name]]))
+    gaps = {label: [point(r["gap_to_gold"]) for _, r, _ in rs] for label, rs in found.items()}
+    order = sorted(found, key=lambda label: np.mean(gaps[label]))
     sets = list(run.unlearning)
     rows = []
     for place, label in enumerate(order, 1):
@@ -238,7 +240,7 @@ def leaderboard(run: Run) -> list[dict[str, str]]:
                 "operation": label,
                 "n": str(run.n),
                 "forget sets": f"{len({r['forget'] for r in results})} of {len(sets)}",
-                "gap to gold": _mean(r["gap_to_gold"] for r in results),
+                "gap to gold": _mean(gaps[label]),
                 "UA - gold": _mean(_minus(r, g, "UA") for _, r, g in entries),
                 "RA - gold": _mean(_minus(r, g, "RA", "all") for _, r, g in entries),
                 "TA - gold": _mean(_minus(r, g, "TA", "all") for _, r, g in entries),
@@ -253,7 +255,7 @@ def leaderboard(run: Run) -> list[dict[str, str]]:
                 "bpb change near": _mean(point(r["bpb_change"]["near"]) for r in results),
                 "bpb change far": _mean(point(r["bpb_change"]["far"]) for r in results),
                 "relearn advantage, bpb": _mean(
-                    r.get("robustness", {}).get("relearn", {}).get("advantage_bpb", np.nan)
+                    point(r.get("robustness", {}).get("relearn", {}).get("advantage_bpb", NONE))
                     for r in results
                 ),
                 "verdicts": ", ".join(f"{word} {count}" for word, count in verdicts),
@@ -272,9 +274,12 @@ def _minus(r: dict[str, Any], gold: dict[str, Any], *keys: str) -> float:
 
 
 def _mean(values: Iterable[float]) -> str:
-    """The mean of the numbers there are; `none` without any."""
+    """The mean of the numbers there are, with the least and the largest; `none` without any."""
     known = [v for v in values if not np.isnan(v)]
-    return f"{np.mean(known):.3f}" if known else "none"
+    if not known:
+        return NONE
+    spread = f" ({min(known):.3f} to {max(known):.3f})" if max(known) > min(known) else ""
+    return f"{np.mean(known):.3f}{spread}"
 
 
 def check_table(runs: list[Run]) -> list[dict[str, str]]:
@@ -527,13 +532,13 @@ def plot_gap(runs: list[Run], forget: str) -> plt.Figure | None:
         spread = measured["gold"].get("envelope", {}).get("gap_to_gold")
         if spread is not None:
             axes.axhspan(0, spread, color="0.88", lw=0)
-        axes.axhline(measured["original"]["gap_to_gold"], color="0.5", lw=0.8, ls="--")
+        axes.axhline(point(measured["original"]["gap_to_gold"]), color="0.5", lw=0.8, ls="--")
         taken: list[tuple[float, float]] = []
         for i, name in enumerate(names, 1):
             if name not in measured:
                 continue
             timings = read_json(run.of_operation(forget, name, "timings.json"))
-            x, y = max(timings["RTE_seconds"], 1e-3), measured[name]["gap_to_gold"]
+            x, y = max(timings["RTE_seconds"], 1e-3), point(measured[name]["gap_to_gold"])
             fill = "black" if measured[name]["exact"] else "white"
             axes.plot(x, y, "o", color="black", mfc=fill, ms=5, zorder=3)
             # numbers of near points go beside one another

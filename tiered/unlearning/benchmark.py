@@ -12,7 +12,7 @@ from tiered.branching import has_own_seed, outside_folder, seed_domains
 from tiered.config import CANARY, Config, plain
 from tiered.data import ProcessedData, listed_documents
 from tiered.evaluation import read_rows, rows_table, write_rows
-from tiered.metrics import UNDEFINED, relearn_advantage
+from tiered.metrics import UNDEFINED
 from tiered.partition import make_partition_map
 from tiered.record import SCORING_CODE, environment, peak_memory_bytes
 from tiered.router import (
@@ -331,9 +331,7 @@ class Bench:
         rounded, curve = self._what_returns(name)
         found: dict[str, Any] = {r: judge.rounded(f"{name}, {r}", s) for r, s in rounded.items()}
         if curve:
-            gold = self._what_returns("gold")[1]
-            advantage = relearn_advantage(curve["steps"], curve["bpb"], gold["bpb"])
-            found["relearn"] = curve | {"advantage_bpb": round(advantage, 6)}
+            found["relearn"] = judge.relearnt(curve, self._what_returns("gold")[1])
         return found
 
     def _what_returns(self, name: str) -> tuple[dict[str, Scores], dict[str, Any]]:

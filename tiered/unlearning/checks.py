@@ -89,7 +89,7 @@ def _claim_relearn(forget: str, known: dict[str, Any]) -> dict[str, Any] | None:
     curves = {n: known[n].get("robustness", {}).get("relearn") for n in ("gold", *exact)}
     if not exact or any(curve is None for curve in curves.values()):
         return None
-    largest = max(abs(curves[n]["advantage_bpb"]) for n in exact)
+    largest = max(abs(curves[n]["advantage_bpb"]["value"]) for n in exact)
     same = all(curves[n]["bpb"] == curves["gold"]["bpb"] for n in exact)
     claim = "exact systems relearn as gold does, step by step"
     return _row(claim, forget, f"{', '.join(exact)}: advantage {largest:.6f} bpb", same)

@@ -23,6 +23,7 @@ from tiered.metrics import (
     membership_similarity,
     normalised_unlearning,
     privacy_leak,
+    relearn_advantage,
 )
 from tiered.statistics import (
     LEAST_NON_MEMBERS,
@@ -43,7 +44,7 @@ from tiered.statistics import (
     wilcoxon_p,
 )
 from tiered.store import seed_of
-from tiered.unlearning.attacks import attack_scores, svc_efficacy
+from tiered.unlearning.attacks import attack_scores, svc_non_members
 from tiered.unlearning.protocol import Measured, Scores
 from tiered.unlearning.systems import Context, Forget
 from tiered.unlearning.utility import LEAST_UTILITY, Alone
@@ -137,10 +138,13 @@ class Judge:
 
     def mean(self, parts: Sequence[RowScores], top, bottom) -> Any:
         """sum(top) / sum(bottom) over the union of rows, with a bootstrap over rows."""
+        return Interval.of(*self._drawn(parts, top, bottom)).as_json()
+
+    def _drawn(self, parts: Sequence[RowScores], top, bottom) -> tuple[float, np.ndarray]:
+        """sum(top) / sum(bottom) over the union of rows, and its resamples."""
         a, b = (np.concatenate([f(p) for p in parts]).astype(float) for f in (top, bottom))
         samples, seed = self.section.bootstrap_samples, self.rows_seed(*parts)
-        drawn = bootstrap_ratios(a, b, samples, seed)
-        return Interval.of(float(a.sum() / b.sum()), drawn).as_json()
+        return float(a.sum() / b.sum()), bootstrap_ratios(a, b, samples, seed)
 
     def accuracy(self, scores: Scores, split: str, domains: list[str]) -> Any:
         """Accuracy on the union of the domains' rows; the word `none` without domains."""
@@ -298,28 +302,48 @@ class Judge:
         del self.measured[operation]
         return found
 
+    def relearnt(self, curve: dict[str, Any], gold: dict[str, Any]) -> dict[str, Any]:
+        """A system's relearn curve with its advantage over gold's, on the same rows."""
+        drawn = []
+        for own in (curve, gold):
+            seed = self.seed("relearn")
+            nats = [
+                bootstrap_ratios(row, own["num_bytes"], self.section.bootstrap_samples, seed)
+                for row in own["loss_nats"]
+            ]
+            drawn.append(bits_per_byte(1.0, 1.0) * np.array(nats).T)  # (samples, steps)
+        advantages = [relearn_advantage(curve["steps"], u, g) for u, g in zip(*drawn, strict=True)]
+        value = relearn_advantage(curve["steps"], curve["bpb"], gold["bpb"])
+        interval = Interval.of(value, np.array(advantages)).as_json()
+        shown = {key: curve[key] for key in ("steps", "bpb", "models")}
+        return shown | {"advantage_bpb": interval}
+
     # --- distance to gold ------------------------------------------------------------------------
 
-    def gap_to_gold(self, operation: str, gold: str = "gold") -> float:
-        """Mean absolute gap to gold over UA, RA, TA and MIA efficacy."""
-        gaps = [
-            abs(a - b)
-            for a, b in zip(self._headline(operation), self._headline(gold), strict=True)
-            if a is not None
-        ]
-        return number(np.mean(gaps))
+    def gap_to_gold(self, operation: str, gold: str = "gold") -> dict[str, float]:
+        """Mean absolute gap to gold over UA, RA, TA and MIA efficacy.
 
-    def _headline(self, operation: str) -> list[float | None]:
-        u, f = self.scores(operation), self.forget.domain
-        retained = self.groups["all"]
-        unions = [
-            None
-            if not retained
-            else sum(u[s, d].correct.sum() for d in retained)
-            / sum(u[s, d].tokens.sum() for d in retained)
-            for s in ("train", "test")
+        Resamples of a mean of absolute values lie above it where the gaps are small: the interval
+        is widened to hold the value.
+        """
+        pairs = zip(self._headline(operation), self._headline(gold), strict=True)
+        known = [(a, b) for a, b in pairs if a is not None]
+        value = np.mean([abs(a - b) for (a, _), (b, _) in known])
+        drawn = np.mean([np.abs(a - b) for (_, a), (_, b) in known], 0)
+        found = Interval.of(value, drawn)
+        low, high = min(found.low, found.value), max(found.high, found.value)
+        return Interval(found.value, low, high, found.standard_error).as_json()
+
+    def _headline(self, operation: str) -> list[tuple[float, np.ndarray] | None]:
+        """UA, RA, TA and MIA efficacy, each with its resamples; None without retained domains."""
+        u, f, retained = self.scores(operation), self.forget.domain, self.groups["all"]
+        found: list[tuple[float, np.ndarray] | None] = [
+            self._drawn([u["forget", f]], _wrong, _tokens)
         ]
-        return [1 - u["forget", f].accuracy(), *unions, self.efficacy(operation)]
+        for split in ("train", "test"):
+            parts = [u[split, d] for d in retained]
+            found.append(self._drawn(parts, _correct, _tokens) if parts else None)
+        return [*found, self._efficacy(operation)]
 
     def distance_to_gold(self, operation: str) -> dict[str, Any]:
         """Losses of the members against gold's, row by row: KS, paired tests, equivalence.
@@ -356,7 +380,8 @@ class Judge:
         if len(self.golds) < 2:
             return {"seeds": len(self.golds), "spread": UNDEFINED}
         f, names = self.forget.domain, ("UA", "RA", "TA", "MIA_efficacy")
-        columns = dict(zip(names, zip(*map(self._headline, self.golds), strict=True), strict=True))
+        headlines = [[x and x[0] for x in self._headline(name)] for name in self.golds]
+        columns = dict(zip(names, zip(*headlines, strict=True), strict=True))
         columns["bpb_members"] = tuple(self.scores(n)["forget", f].bpb() for n in self.golds)
         columns["bpb_test"] = tuple(self.scores(n)["test", f].bpb() for n in self.golds)
         columns["AUC_LOSS"] = tuple(auc(*self.attack(n, "LOSS")) for n in self.golds)
@@ -370,7 +395,7 @@ class Judge:
             }
             for name, values in columns.items()
         }
-        gaps = [self.gap_to_gold(name) for name in self.golds[1:]]
+        gaps = [self.gap_to_gold(name)["value"] for name in self.golds[1:]]
         return {"seeds": len(self.golds), "spread": spread, "gap_to_gold": number(np.mean(gaps))}
 
     # --- membership -------------------------------------------------------------------------------
@@ -500,23 +525,50 @@ class Judge:
         if power is None or not has_power(power):
             word = UNDEFINED if power is None else NO_POWER
             return {"PrivLeak": word, "s_MIA": word}
-        u, g = (auc(*self.attack(name, "LOSS")) for name in (operation, "gold"))
-        leak = number(privacy_leak(u, g)) if g < 1 else UNDEFINED
-        return {"PrivLeak": leak, "s_MIA": number(membership_similarity(u, g))}
+        pairs = [self.attack(name, "LOSS") for name in (operation, "gold")]
+        u, g = (auc(*pair) for pair in pairs)
+        drawn = [
+            auc_draws(
+                *pair,
+                self.section.bootstrap_samples,
+                np.random.default_rng(self.seed("LOSS", "all")),
+            )
+            for pair in pairs
+        ]
+        found: dict[str, Any] = {}
+        for name, measure in (("PrivLeak", privacy_leak), ("s_MIA", membership_similarity)):
+            if name == "PrivLeak" and max(g, drawn[1].max()) == 1:
+                found[name] = UNDEFINED
+                continue
+            values = [measure(a, b) for a, b in zip(*drawn, strict=True)]
+            found[name] = Interval.of(measure(u, g), np.array(values)).as_json()
+        return found
 
-    def efficacy(self, operation: str) -> float:
+    def efficacy(self, operation: str) -> dict[str, float]:
         """Within-domain MIA efficacy: 0.5 for a system that never saw the members."""
-        pair = self.attack(operation, "LOSS")
-        return number(median_efficacy(*pair))
+        return Interval.of(*self._efficacy(operation)).as_json()
+
+    def _efficacy(self, operation: str) -> tuple[float, np.ndarray]:
+        """`median_efficacy`, and its resamples over members and holdout rows."""
+        members, holdout = self.attack(operation, "LOSS")
+        generator = np.random.default_rng(self.seed("efficacy"))
+        samples = self.section.bootstrap_samples
+        a, b = (
+            values[generator.integers(len(values), size=(samples, len(values)))]
+            for values in (members, holdout)
+        )
+        return median_efficacy(members, holdout), (a >= np.median(b, 1)[:, None]).mean(1)
 
     def shifted_efficacy(self, operation: str) -> Any:
-        """MIA efficacy as arXiv:2304.04934 has it, trained on retained domains."""
+        """MIA efficacy as arXiv:2304.04934 has it, trained on retained domains; its interval is of
+        the forget rows alone."""
         u, retained = self.scores(operation), self.groups["all"]
         if not retained:
             return NONE
         train, test = (np.concatenate([_confidence(u[s, d]) for d in retained]) for s in _SEEN)
-        forget = _confidence(u["forget", self.forget.domain])
-        return number(svc_efficacy(train, test, forget, self.seed("svc")))
+        part = u["forget", self.forget.domain]
+        taken = svc_non_members(train, test, _confidence(part), self.seed("svc"))
+        return self.mean([part], lambda _: taken, _one)
 
     def router_membership(self, operation: str) -> Any:
         """LOSS AUC of the Level-1 embedder: its training rows of f against f's holdout."""

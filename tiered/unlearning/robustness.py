@@ -51,7 +51,8 @@ def relearn_curve(
     model: TieredForCausalLM,
     allowed: list[int] | None = None,
 ) -> dict[str, Any]:
-    """Bits per byte of the other members after 0, 1, 2, 4, ... steps on the relearn rows.
+    """Bits per byte of the other members after 0, 1, 2, 4, ... steps on the relearn rows, and the
+    nats and bytes of each of those members behind them.
 
     Every model that the relearn rows are routed to takes as many steps, on the rows that reach it
     (by their last prefix); AdamW, evaluation mode. The model is changed in place.
@@ -65,13 +66,21 @@ def relearn_curve(
         _learner(model.partitions[str(k)], relearnt.input_ids[reached == k], context, forget, k)
         for k in np.unique(reached).tolist()
     ]
-    steps, curve = relearn_steps(section.relearn_steps), []
+    steps, curve, nats = relearn_steps(section.relearn_steps), [], []
     for before, step in zip([0, *steps], steps, strict=False):
         for _ in range(step - before):
             for learner in learners:
                 next(learner)
-        curve.append(round(scorer.rows(others, attacked=False).bpb(), 6))
-    return {"steps": steps, "bpb": curve, "models": np.unique(reached).tolist()}
+        found = scorer.rows(others, attacked=False)
+        curve.append(round(found.bpb(), 6))
+        nats.append(found.loss_nats.round(4).tolist())
+    return {
+        "steps": steps,
+        "bpb": curve,
+        "models": np.unique(reached).tolist(),
+        "loss_nats": nats,  # (steps, rows)
+        "num_bytes": found.num_bytes.tolist(),
+    }
 
 
 def _learner(
