@@ -1,6 +1,7 @@
 """The run record: what was run, on what, with which versions; written first, before any work."""
 
 import dataclasses
+import functools
 import gc
 import importlib.metadata
 import os
@@ -77,8 +78,8 @@ def environment(config: Config) -> dict[str, Any]:
     device = device_of(config)
     return {
         "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
-        "scikit-learn": importlib.metadata.version("scikit-learn"),
+        "transformers": _version("transformers"),
+        "scikit-learn": _version("scikit-learn"),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": config.threads or os.cpu_count(),
         "device": device.type,
@@ -86,6 +87,12 @@ def environment(config: Config) -> dict[str, Any]:
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "code": code_hash(*TRAINING_CODE),
     }
+
+
+@functools.cache
+def _version(library: str) -> str:
+    """A library's version, read once: a rerun asks hundreds of times."""
+    return importlib.metadata.version(library)
 
 
 def start(config: Config, stage: str) -> None:
