@@ -19,8 +19,11 @@ from tiered.store import read_json
 
 GREY = {"color": "black", "lw": 1, "ms": 5}
 # Methods that a plot with few lines shows, in this order.
-SHOWN = ("original", "gold", "delete-S1", "delete-S2", "sisa", "mask-skew", "reinit", "GA", "NPO")
-MARKS = ("ko-", "ks-", "kv--", "k^--", "kD:", "kx-", "k+:", "k*--", "kP:")
+SHOWN = ("original", "gold", "delete-S1", "delete-S2", "sisa", "mask-skew", "reinit")
+SHOWN += ("GA", "NPO", "RMU")
+MARKS = ("ko-", "ks-", "kv--", "k^--", "kD:", "kx-", "k+:", "k*--", "kP:", "kh-.")
+# What spans an axis of losses: a method that overshoots by far leaves the panel, and is named.
+SPANNING = ("original", "gold", "delete-S1", "sisa", "mask-skew", "reinit")
 LINES = dict(zip(SHOWN, MARKS, strict=True))
 CAUSAL = {
     "delete": "its partitions dropped",
@@ -387,9 +390,9 @@ def plot_densities(run: Run, forget: str) -> plt.Figure | None:
     if not names:
         return None
     losses = {name: _row_losses(run, forget, name) for name in names}
-    every = [part["loss"] for own in losses.values() for part in own.values()]
-    # a method that drove the loss up by far leaves the panel rather than squeeze the others
-    low, high = min(map(np.min, every)) - 0.3, np.quantile(np.concatenate(every), 0.99) + 0.3
+    every = [part["loss"] for n in names if n in SPANNING for part in losses[n].values()]
+    low, high = min(map(np.min, every)), np.quantile(np.concatenate(every), 0.999)
+    low, high = low - 0.1 * (high - low), high + 0.3 * (high - low)
     grid = np.linspace(low, high, 300)
     figure, panels = _panels(len(names), 5, (2.6, 1.7), sharex=True)
     for axes, name in zip(panels, names, strict=True):
@@ -407,6 +410,10 @@ def plot_densities(run: Run, forget: str) -> plt.Figure | None:
             else:
                 line = "-" if label == "members" else "--"
                 axes.plot(grid, density, line, color="black", lw=1.2, label=label)
+        if np.median(curves["members"]) > high:
+            text = f"beyond: median {np.median(curves['members']):.1f} $\\rightarrow$"
+            axes.text(0.97, 0.5, text, transform=axes.transAxes, ha="right", fontsize=8)
+        axes.set_xlim(low, high)
         axes.set_title(name, fontsize=9)
         axes.set_yticks([])
         axes.tick_params(labelsize=8, labelbottom=True)
@@ -494,7 +501,11 @@ def plot_relearn(runs: list[Run], forget: str) -> plt.Figure | None:
     if not curves:
         return None
     figure, panels = _panels(len(curves), 3, (4.4, 3.6), sharey=True)
+    spanning = [c["bpb"] for found in curves.values() for n, c in found.items() if n in SPANNING]
+    low, high = np.min(spanning), np.max(spanning)
+    low, high = low - 0.1 * (high - low), high + 0.2 * (high - low)
     for axes, (label, found) in zip(panels, curves.items(), strict=True):
+        axes.set_ylim(low, high)
         for name, curve in found.items():
             places = np.log2(1 + np.array(curve["steps"]))
             if name in LINES:
@@ -503,8 +514,16 @@ def plot_relearn(runs: list[Run], forget: str) -> plt.Figure | None:
         for name, line in LINES.items():
             if name in found:
                 places = np.log2(1 + np.array(found[name]["steps"]))
-                width = 2 if name == "gold" else 1
-                axes.plot(places, found[name]["bpb"], line, lw=width, ms=5, mfc="white", label=name)
+                width, curve = 2 if name == "gold" else 1, found[name]["bpb"]
+                axes.plot(places, curve, line, lw=width, ms=5, mfc="white", label=name)
+                if curve[0] > high:
+                    axes.annotate(
+                        f"{name} from {curve[0]:.1f}",
+                        (np.interp(high, curve[::-1], places[::-1]), high),
+                        xytext=(4, -10),
+                        textcoords="offset points",
+                        fontsize=8,
+                    )
         steps = next(iter(found.values()))["steps"]
         axes.set_xticks(np.log2(1 + np.array(steps)), [str(s) for s in steps], fontsize=8)
         axes.set_title(label, fontsize=10)
