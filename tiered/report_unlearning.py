@@ -563,10 +563,17 @@ def plot_gap(runs: list[Run], forget: str) -> plt.Figure | None:
             # numbers of near points go beside one another
             near = sum(abs(np.log10(x / a)) < 0.35 and abs(y - b) < 0.008 for a, b in taken)
             taken.append((x, y))
-            place = (4 + 11 * near, 4)
-            axes.annotate(str(i), (x, y), xytext=place, textcoords="offset points", fontsize=8)
+            lead = {"arrowstyle": "-", "lw": 0.5, "color": "0.4", "shrinkA": 0, "shrinkB": 3}
+            axes.annotate(
+                str(i),
+                (x, y),
+                xytext=(4 + 12 * near, 4),
+                textcoords="offset points",
+                fontsize=8,
+                arrowprops=lead if near else None,
+            )
         axes.set_xscale("log")
-        axes.margins(0.12)
+        axes.margins(0.18, 0.12)
         axes.set_ylim(bottom=-0.005)
         axes.set_title(run.label, fontsize=10)
     panels[0].set_ylabel("mean gap to gold (UA, RA, TA, MIA efficacy)")
