@@ -20,11 +20,12 @@ def test_selectivity_by_hand():
 
 def measures(auc: float | str, p: float = 1.0, exact: bool = False, **more):
     cell = auc if isinstance(auc, str) else {"value": auc, "p": p}
-    return {"exact": exact, "AUC": {"LOSS": {"all": cell, "1": cell, "16": cell}}, **more}
+    facts = {"exact": exact, "complete": True, "system": f"{auc} {p}"}
+    return {**facts, "AUC": {"LOSS": {"all": cell, "1": cell, "16": cell}}, **more}
 
 
 def test_claims_by_hand():
-    """Three cells at chance: p 0.03, 0.5, 0.02 become 0.06, 0.5, 0.06."""
+    """Three systems at chance: p 0.03, 0.5, 0.02 become 0.06, 0.5, 0.06."""
     purge = {"bpb_change": {"test": {"value": 0.3}}}
     curve = {"robustness": {"relearn": {"bpb": [4.0, 3.0], "advantage_bpb": {"value": 0.0}}}}
     operations = {
@@ -33,6 +34,10 @@ def test_claims_by_hand():
         "gold-seed-1": measures(0.44, 0.02),
         "delete-S1": measures(0.56, 0.03, exact=True, cost={"tokens": 0}),
         "sisa": measures("no power", exact=True) | curve,
+        # the very system of gold is no fourth cell; what lacks a model need not relearn as gold
+        "gold-recluster": measures(0.52, 0.5, exact=True),
+        "delete-S2": measures("no power", exact=True, complete=False)
+        | {"robustness": {"relearn": {"bpb": [9.0, 9.0], "advantage_bpb": {"value": -5.0}}}},
         "GA": measures(0.1, 1e-9),
         "mask-skew": measures(0.8, 1e-5) | purge,
         "mask-random": measures(0.8, 1e-5, draws={"test": [0.1, 0.2]}),

@@ -37,6 +37,11 @@ def system(operation: str) -> str:
     return f"runs/n1/unlearn/hi/{operation}/system/models/0"
 
 
+def place(operation: str) -> str:
+    """Folder of an operation's results: the target's path, so that none overwrites another's."""
+    return system(operation).replace("/", "-")
+
+
 ROWS = "runs/n1/unlearn/hi/rows.jsonl"
 
 
@@ -59,7 +64,7 @@ def test_a_runs_models_as_models_from_elsewhere_measure_the_same(folder):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "target" in done.stdout and "gold" in done.stdout
-    found = read_json(folder / "runs/external/external/0/metrics.json")
+    found = read_json(folder / f"runs/external/external/{place('fine-tune')}/metrics.json")
     assert found["forget"] == "hi" and found["shorter_rows_left_out"] == 0
     run = {
         name: read_json(folder / f"runs/n1/unlearn/hi/{operation}/metrics.json")
@@ -116,7 +121,7 @@ def test_texts_are_tokenised_by_the_target_and_short_ones_left_out(folder, monke
     path = tmp_path / "texts.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in texts), encoding="utf-8")
     (results,) = external(*arguments(system("mask-skew"), rows=str(path))).values()
-    stored = read_json(folder / "runs/external/external/0/metrics.json")
+    stored = read_json(folder / f"runs/external/external/{place('mask-skew')}/metrics.json")
     assert stored["shorter_rows_left_out"] == 1
     own = read_json(folder / "runs/n1/unlearn/hi/mask-skew/metrics.json")
     assert results["target"]["UA"]["value"] == pytest.approx(own["UA"]["value"], abs=0.01)
@@ -135,7 +140,8 @@ def test_any_causal_lm_is_read(folder, monkeypatch, tmp_path):
     (results,) = external(*arguments(str(tmp_path / "llama"))).values()
     # untrained: about uniform over the vocabulary
     assert 0.9 < results["target"]["UA"]["value"] <= 1
-    assert (folder / "runs/external/external/llama/metrics.json").is_file()
+    (found,) = (folder / "runs/external/external").glob("*-llama/metrics.json")
+    assert read_json(found)["models"]["target"].endswith("llama")
 
 
 @pytest.mark.parametrize(

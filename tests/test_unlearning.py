@@ -1,6 +1,7 @@
 """Metrics of the protocol against hand-made rows; words where numbers would lie."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from tiered.config import Config, PartitionConfig, UnlearnConfig
 from tiered.data import Rows
 from tiered.evaluation import RowScores
 from tiered.partition import make_partition_map
-from tiered.unlearning.measures import AS_GOLD, LEAKS, OVER, Judge
+from tiered.unlearning.measures import AS_GOLD, LEAKS, OVER, UNLIKE, Judge
 from tiered.unlearning.protocol import Measured
 from tiered.unlearning.systems import Context, Forget
 
@@ -171,6 +172,22 @@ def test_reference_attack_subtracts_the_loss_of_another_gold(measured):
     assert result["AUC"]["reference"]["all"]["value"] == pytest.approx(pairs.mean(), abs=1e-6)
 
 
+def test_a_copy_of_the_reference_is_not_attacked_by_it(measured):
+    measured["sisa"] = measured["gold"]
+    result = metrics(context(2), measured, "sisa")["AUC"]["reference"]
+    assert set(result.values()) == {"undefined"}
+
+
+def test_a_single_member_is_no_sample(measured):
+    """Files of one document: paired tests are words, and every measure can be written as JSON."""
+    for name in measured:
+        measured[name].scores["forget", "hi"] = scores("forget", "hi", [4.0], [1])
+    result = metrics(context(2), measured, "sisa", edited=True)
+    assert set(result["to_gold"]["KS"].values()) == {"undefined"}
+    assert result["to_gold"]["equivalence_p"] == "undefined"
+    json.dumps(result, allow_nan=False)
+
+
 def test_golds_of_several_seeds_are_the_margin_and_the_envelope(measured):
     one = metrics(context(2), measured, "sisa")["to_gold"]
     assert one["margin_nats"] == one["equivalence_p"] == "undefined"
@@ -200,7 +217,17 @@ def test_going_beyond_gold_is_over_unlearning_and_no_success(measured):
     worse.scores["holdout", "hi"].loss_nats[:] = worse.scores["forget", "hi"].loss_nats
     measured["GA"] = worse
     result = metrics(context(2), measured, "GA", edited=True)
+    # with one gold nobody knows how far golds differ: the loss says nothing
+    assert result["membership_verdict"] == result["verdict"] == AS_GOLD
+    losses = np.random.default_rng(7).normal(5.2, 0.3, 40)
+    measured["gold-seed-1"] = system(losses, [1] * 40)
+    result = metrics(context(2), measured, "GA", edited=True)
     assert result["membership_verdict"] == AS_GOLD and result["verdict"] == OVER
+    # the language still known, members and others alike: at chance, and not as gold
+    known = system(np.random.default_rng(6).normal(3, 0.3, 40), [0] * 40)
+    known.scores["holdout", "hi"].loss_nats[:] = known.scores["forget", "hi"].loss_nats
+    found = metrics(context(2), measured | {"RMU": known}, "RMU", edited=True)
+    assert found["membership_verdict"] == AS_GOLD and found["verdict"] == UNLIKE
     # a removed model is judged by membership alone: no edit drove its loss
     assert metrics(context(2), measured, "GA")["verdict"] == AS_GOLD
 
@@ -212,6 +239,10 @@ def test_exposure_of_canaries_by_hand(measured):
     found = metrics(context(2), measured, "original")["exposure"]
     # |R| = 8: ranks 1 and 8; a clean model: mean of 3 - log2(rank)
     assert values(found) == {"clean": pytest.approx(1.087, abs=1e-3), "16": 3.0, "1": 0.0}
+    # one canary between the references: their resamples move its rank
+    part.loss_nats[0] = 45.0
+    found = metrics(context(2), measured, "original")["exposure"]["16"]
+    assert found["value"] == pytest.approx(1.0) and found["low"] < 1 < found["high"] < 3
 
 
 def test_random_draws_are_changes_of_test_rows(measured):

@@ -73,6 +73,7 @@ def unlearning_table(run: Run, forget: str) -> list[dict[str, str]]:
                 "verdict": r["verdict"],
                 "exact": cell(r["exact"]),
                 "exact given": ", ".join(r["exact_given"]) or ("nothing" if r["exact"] else "-"),
+                "a model for every partition": cell(r["complete"]),
                 "weights removed": cell(r["weights_removed"]),
                 "tokens": cell(r["cost"]["tokens"]),
                 "tokens / gold": cell(r["cost"]["tokens_relative_to_gold"]),

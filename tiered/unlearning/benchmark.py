@@ -45,7 +45,12 @@ from tiered.unlearning.protocol import (
     router_losses,
     scored_rows,
 )
-from tiered.unlearning.robustness import ROUNDING_BITS, relearn_curve, rounded_scores
+from tiered.unlearning.robustness import (
+    ROUNDING_BITS,
+    relearn_curve,
+    relearn_rows,
+    rounded_scores,
+)
 from tiered.unlearning.systems import (
     Context,
     Forget,
@@ -60,6 +65,7 @@ from tiered.workers import Call
 SCHEMA = 2
 CONTROLS = ("mask-random", "mask-massmatched")  # measured over several draws
 _LOSSES = ("members", "holdout")
+_CLAIMED = ("exact", "exact_given", "complete", "weights_removed", "residue")
 # keys of unlearn that say what is done, not how one operation on one forget set is measured
 _OF_THE_CALL = ("forget", "operations", "single_run", "compartments", "sequence")
 _OF_THE_CALL += ("target", "gold", "original", "rows")
@@ -69,7 +75,8 @@ MEASURING_CODE = tuple(
     for name in (
         *("metrics", "statistics", "experts"),
         # purge and controls draw the random masks that metrics.json counts
-        *(f"unlearning/{m}" for m in ("attacks", "controls", "measures", "purge")),
+        *(f"unlearning/{m}" for m in ("attacks", "benchmark", "controls", "measures", "purge")),
+        *(f"unlearning/{m}" for m in ("robustness", "gradient")),  # what returns
     )
 )
 
@@ -199,7 +206,10 @@ class Bench:
     def run(self) -> dict[str, Any]:
         """Measures of every operation: operation -> measures or words."""
         near, _ = self.context.neighbours(self.forget)
-        write_row_file(self.folder("rows.jsonl"), self.scored, near)
+        # with what the ReCaLL attack reads before a row
+        prefix = self.context.data.rows(self.forget.domain, "calibration", 1)
+        rows = self.scored | {("calibration", self.forget.domain): prefix}
+        write_row_file(self.folder("rows.jsonl"), rows, near)
         self._operate()
         for name, outcome in self.outcomes.items():
             self._say(f"{name}: scores")
@@ -364,7 +374,8 @@ class Bench:
             scores = rounded_scores(context, rows, model, allowed, ROUNDING_BITS[rounding])
             write_rows(file, rows_table(scores.values()))
             rounded[rounding] = scores
-        if "relearn" in section.robustness:  # last: it changes the model
+        several = min(len(r.document_ids) for r in relearn_rows(context, forget))
+        if "relearn" in section.robustness and several:  # last: it changes the model
             curve = relearn_curve(context, forget, model, allowed)
         write_json(path, {"key": key, "relearn": curve})
         return rounded, curve
@@ -379,7 +390,7 @@ class Bench:
             "config": digest(_science(self.context.config)),
             "seed": self.context.config.seed,
             "system": outcome.identity(),
-            **{k: system[k] for k in ("exact", "exact_given", "weights_removed", "residue")},
+            **{k: system[k] for k in _CLAIMED},
             "removed": outcome.removed,
             "rebuilt": outcome.rebuilt,
             "changed": outcome.changed,
@@ -409,6 +420,8 @@ def describe(
 
     `exact`: every artefact of the system, those in `exact_given` apart, is bit for bit what gold
     has and no weight of the domain is left. A system with a map of its own is a gold itself.
+    `complete`: it has a model for every partition that gold has one for; a dropped partition that
+    held other domains too is missing, so that an exact system need not be gold.
     """
     gold = outcome if outcome.is_gold else outcomes["gold"]
     ids = {k: content_hash(path) for k, path in outcome.models.items()}
@@ -430,6 +443,7 @@ def describe(
     return {
         "exact": exact,
         "exact_given": given if exact else [],
+        "complete": ids.keys() == gold_ids.keys(),
         "weights_removed": outcome.weights_removed,
         "removed": outcome.removed,
         "rebuilt": outcome.rebuilt,

@@ -10,6 +10,7 @@ A row file has one JSON object a line (`docs/unlearning.md`, Bring your own mode
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,13 +241,14 @@ def scored_file(rows: RowFile, config: Config) -> tuple[Forget, ScoredRows]:
 def measure_external(config: Config) -> dict[str, dict[str, Any]]:
     """Measures of target, gold and (where given) original: system -> measures or words.
 
-    Written to <run folder>/external/<target's name>/metrics.json.
+    Written to <run folder>/external/<target's path>/metrics.json, slashes as dashes.
     """
     section = config.unlearn
     for key in ("gold", "rows"):
         if not getattr(section, key):
             raise UserError(f"unlearn.{key}: a target is measured against it; name it")
-    output = config.run_dir / "external" / Path(section.target).resolve().name
+    # the path in its name: a run's models are all called 0
+    output = config.run_dir / "external" / re.sub(r"[^\w.=-]+", "-", section.target).strip("-")
     encoder, tokenizer = open_tokenizer(config, output / "tokenizer")
     rows = RowFile(Path(section.rows), config.data.block_size, encoder, tokenizer)
     forget, scored = scored_file(rows, config)

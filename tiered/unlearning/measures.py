@@ -41,6 +41,7 @@ from tiered.statistics import (
     median_difference,
     paired_error,
     permuted_maximum,
+    resampled_counts,
     wilcoxon_p,
 )
 from tiered.store import seed_of
@@ -50,6 +51,7 @@ from tiered.unlearning.systems import Context, Forget
 from tiered.unlearning.utility import LEAST_UTILITY, Alone
 
 OVER, LEAKS, AS_GOLD = "over-unlearning", "leaks", "as gold"
+UNLIKE = "unlike gold"
 
 
 class Judge:
@@ -278,15 +280,21 @@ class Judge:
         part = self.scores(operation).get((CANARY, self.forget.domain))
         if part is None:
             return NONE
-        times = part.rows.occurrences
+        times, samples = part.rows.occurrences, self.section.bootstrap_samples
         references = part.mean_loss[times == 0]
+        generator = np.random.default_rng(self.seed(CANARY, "references"))
+        redrawn = resampled_counts(len(references), samples, generator)
         ranks = np.arange(1, len(references) + 2)
         found: dict[str, Any] = {"clean": number(np.mean(np.log2(len(ranks)) - np.log2(ranks)))}
         for t in np.unique(times[times > 0]):
-            own = np.array([exposure(loss, references) for loss in part.mean_loss[times == t]])
-            samples, seed = self.section.bootstrap_samples, self.seed(CANARY, int(t))
-            drawn = bootstrap_ratios(own, np.ones(len(own)), samples, seed)
-            found[str(t)] = Interval.of(own.mean(), drawn).as_json()
+            own = part.mean_loss[times == t]
+            value = np.mean([exposure(loss, references) for loss in own])
+            # references are a sample as well: their ranks above the canaries, in every resample
+            below = (references[:, None] < own) + 0.5 * (references[:, None] == own)
+            bits = np.log2(len(ranks)) - np.log2(1 + redrawn @ below)  # (samples, canaries)
+            generator = np.random.default_rng(self.seed(CANARY, int(t)))
+            weights = resampled_counts(len(own), samples, generator) / len(own)
+            found[str(t)] = Interval.of(value, (bits * weights).sum(1)).as_json()
         return found
 
     def rounded(self, operation: str, scores: Scores) -> dict[str, Any]:
@@ -353,6 +361,11 @@ class Judge:
         f = self.forget.domain
         u = self.scores(operation)["forget", f].mean_loss
         g = self.scores("gold")["forget", f].mean_loss
+        if len(u) < 2:
+            names = ("median_difference_nats", "mean_difference_nats", "wilcoxon_p")
+            found = dict.fromkeys((*names, "margin_nats", "equivalence_p"), UNDEFINED)
+            word = {"D": UNDEFINED, "p": UNDEFINED}
+            return found | {"KS": word, "gold_seeds": len(self.golds)}
         d, p = kolmogorov_smirnov(u, g)
         generator = np.random.default_rng(self.seed("median"))
         median = median_difference(u, g, self.section.bootstrap_samples, generator)
@@ -417,6 +430,8 @@ class Judge:
         reference = self.reference_of(operation)
         rows = self.scores(reference) if reference else None
         pair = (rows["forget", f], rows["holdout", f]) if rows else None
+        if name == "reference" and pair and np.array_equal(pair[0].mean_loss, members.mean_loss):
+            return None  # the system is the reference
         found = attack_scores([name], members, holdout, pair).get(name)
         if found is None:
             return None
@@ -603,13 +618,18 @@ class Judge:
         return next((word for word in (LEAKS, OVER, AS_GOLD) if word in words), none)
 
     def verdict(self, result: dict[str, Any]) -> str:
-        """Membership's word for an edited model; over-unlearning too where members cost surely
-        more than under gold, by more than golds differ from one another."""
-        margin = self.margin()
-        margin = 0.0 if isinstance(margin, str) else margin
-        above = result["to_gold"]["mean_difference_nats"]["low"] > margin
-        word = result["membership_verdict"]
-        return OVER if above and word != LEAKS else word
+        """Membership's word for an edited model, unless the loss on members is surely further from
+        gold's than golds are from one another: above it is over-unlearning, below it `unlike gold`
+        (f is still known, or gold errs where this system only guesses). With one gold nobody knows
+        how far golds differ, and membership alone decides.
+        """
+        word, margin = result["membership_verdict"], self.margin()
+        difference = result["to_gold"]["mean_difference_nats"]
+        if word == LEAKS or isinstance(margin, str) or isinstance(difference, str):
+            return word
+        if difference["low"] > margin:
+            return OVER
+        return UNLIKE if difference["high"] < -margin else word
 
 
 _SEEN = ("train", "test")

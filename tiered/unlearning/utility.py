@@ -44,6 +44,10 @@ def open_single(config: Config) -> tuple[Config, ProcessedData, dict[str, Path]]
     held = {k: [d for d in data.domains if k in partitions.touched(d)] for k in models}
     if max(map(len, held.values())) > 1:
         raise UserError(f"{where}: {folder} has partitions of several domains")
+    present = set(config.all_domains) - set(config.data.exclude_domains)
+    missing = sorted(present - {d for domains in held.values() for d in domains})
+    if missing:
+        raise UserError(f"{where}: {folder} has no model of {', '.join(missing)}")
     return single, data, {domains[0]: models[k] for k, domains in held.items()}
 
 
