@@ -19,7 +19,7 @@ ALLOWED = {
     "checkpoint": {"store"},
     "workers": {"store"},
     "runs": {"store"},
-    "report_unlearning": {"runs", "statistics", "store"},
+    "report_unlearning": {"metrics", "runs", "statistics", "store"},
     "report": {"report_unlearning", "runs", "store"},
     **{leaf: set() for leaf in LEAVES},
 }
