@@ -153,6 +153,7 @@ def test_rows_are_the_first_tokens_of_long_enough_documents(data, columns):
             assert getattr(rows, name).dtype == np.int64
         assert data.separator_id not in rows.input_ids
         assert set(rows.occurrences) == ({1, 4, 16} if split == "train" else {0})
+        assert (np.diff(rows.occurrences) <= 0).all()  # most repeated first
         assert rows.unk_share.tolist() == [0.0] * len(long)
         few = data.rows("en", split, 4)
         assert few.document_ids == rows.document_ids[:4] and few.input_ids.shape == (4, T)

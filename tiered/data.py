@@ -274,14 +274,14 @@ class ProcessedData:
     def rows(self, domain: str, split: str, count: int = 0, only: np.ndarray | None = None) -> Rows:
         """The first T tokens of documents with at least T tokens (separator not counted).
 
-        Stored order; in train repeated documents come first. At most `count` rows (0: all);
-        only: (documents,) bool, the documents that may be chosen (None: all).
+        Those that occur most often in training come first, then stored order. At most `count` rows
+        (0: all); only: (documents,) bool, the documents that may be chosen (None: all).
         """
         lengths = self._lengths(domain, split)
         occurrences = self._occurrences(domain, split)
         long = lengths > self.block_size  # T tokens and the separator
         chosen = np.flatnonzero(long if only is None else long & only)
-        chosen = chosen[np.argsort(occurrences[chosen] <= 1, kind="stable")]
+        chosen = chosen[np.argsort(-occurrences[chosen], kind="stable")]
         chosen = chosen[:count] if count else chosen
         ids = self.document_ids(domain, split)
         input_ids, token_bytes, token_chars = (
