@@ -1,5 +1,6 @@
 """Membership attacks on hand-computed tables and tiny models."""
 
+import dataclasses
 import math
 import zlib
 
@@ -80,6 +81,8 @@ def test_min_k_by_hand():
     assert found["min_k_pp"][0] == 2.0  # minus the mean of -3 and -1
     one = attacks.row_statistics(tokens([[4.0, 1.0]]), 0.2)  # never an empty range: one token
     assert one["min_k"][0] == 4.0 and "min_k_pp" not in one
+    whole = attacks.row_statistics(tokens(np.arange(100.0)[None]), 0.29)  # 0.29 * 100 < 29
+    assert whole["min_k"][0] == np.arange(71, 100).mean()
 
 
 def test_positions_that_the_protocol_leaves_out_do_not_count():
@@ -229,6 +232,19 @@ def test_overlap_counts_thirteen_grams_by_brute_force():
         False,
         True,
     ]
+
+
+def test_a_member_is_left_out_for_what_another_document_holds():
+    g = np.random.default_rng(6)
+    shared = g.integers(0, 50, 30)
+    train = [np.r_[shared, g.integers(0, 50, 9)], np.r_[g.integers(0, 50, 4), shared]]
+    train.append(np.tile(g.integers(0, 50, 30), 2))  # repeats itself: still its own text alone
+    ids = np.stack([train[0][:30], train[1][:30], train[2][:30]])
+    holdout = rows(ids)
+    members = dataclasses.replace(holdout, split="train")
+    assert sets.overlap(Documents(*train), members, documents=2).tolist() == [1.0, 14 / 18, 0.0]
+    for found, kept in ((holdout, [False] * 3), (members, [False, False, True])):
+        assert sets.distinct_from_train(Documents(*train), found, 0.5).tolist() == kept
 
 
 def test_rows_shorter_than_a_run_overlap_with_nothing():

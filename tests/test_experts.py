@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import jensenshannon
 
 from modeling_monet import MonetConfig, MonetForCausalLM
 from tiered.experts import (
@@ -159,6 +160,18 @@ def test_divergences_by_hand():
     # mixture (3/4, 1/4): 0.5 log2(4/3) + 0.5 (0.5 log2(2/3) + 0.5 log2 2)
     expected = 0.5 * np.log2(4 / 3) + 0.25 * np.log2(2 / 3) + 0.25
     assert half[0, 1] == pytest.approx(expected)
+    joint = np.random.default_rng(0).random((4, 300)) ** 4 * (np.arange(300) % 3 > 0)
+    p = joint / joint.sum(1, keepdims=True)
+    published = [[jensenshannon(a, b, base=2) ** 2 for b in p] for a in p]
+    np.testing.assert_allclose(divergences(joint), published, atol=1e-12)
+
+
+def test_divergences_of_nearly_equal_rows_are_numbers():
+    """scipy's distance takes the root of a sum that may end just below 0."""
+    row = np.random.default_rng(1).random(500)
+    near = [row * (1 + 1e-16 * k) for k in range(20)] + [np.nextafter(row, 1)]
+    found = divergences(np.array(near))
+    assert np.isfinite(found).all() and 0 <= found.min() <= found.max() < 1e-12
 
 
 def test_joints_give_every_domain_the_same_weight():

@@ -80,6 +80,7 @@ def test_a_runs_models_as_models_from_elsewhere_measure_the_same(folder):
             if key not in ("router_AUC", "exposure"):
                 assert value == run[name][key], (name, key)
     assert found["measures"]["target"]["router_AUC"] == "not applicable"
+    assert found["measures"]["target"]["domains_left_out"] == []
 
 
 FLAGS = {f"--{key}": f"unlearn.{key}" for key in ("target", "gold", "original", "rows")}
@@ -142,6 +143,40 @@ def test_any_causal_lm_is_read(folder, monkeypatch, tmp_path):
     assert 0.9 < results["target"]["UA"]["value"] <= 1
     (found,) = (folder / "runs/external/external").glob("*-llama/metrics.json")
     assert read_json(found)["models"]["target"].endswith("llama")
+
+
+def test_a_models_generation_settings_do_not_change_what_it_remembers(
+    folder, monkeypatch, tmp_path
+):
+    """No repeated token at all, hot sampling: the continuation is the greedy one all the same."""
+    monkeypatch.chdir(folder)
+    shutil.copytree(system("gold"), tmp_path / "odd")
+    settings = {"no_repeat_ngram_size": 1, "do_sample": True, "temperature": 9.0}
+    settings |= {"repetition_penalty": 5.0, "max_new_tokens": 2}
+    (tmp_path / "odd/generation_config.json").write_text(json.dumps(settings))
+    (results,) = external(*arguments(str(tmp_path / "odd"))).values()
+    assert results["target"]["verbatim"] == results["gold"]["verbatim"]
+
+
+def test_all_rows_of_a_file_are_scored_and_train_rows_of_f_make_it_retained(
+    folder, monkeypatch, tmp_path
+):
+    """`forget_rows` cuts a run's rows, not a file's; of a forget file f stays in part."""
+    monkeypatch.chdir(folder)
+    lines = [json.loads(line) for line in Path(ROWS).read_text().splitlines()]
+    f = [row for row in lines if row["domain"] == "hi"]
+    kept = [row | {"split": "train"} for row in f if row["split"] == "forget"][:5]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in lines + kept))
+    (results,) = external(
+        *arguments(system("mask-skew"), rows=str(path)), "unlearn.forget_rows=2"
+    ).values()
+    counts = {s: sum(row["split"] == s for row in f) for s in ("forget", "holdout")}
+    assert list(results["target"]["rows"].values()) == list(counts.values())
+    assert min(counts.values()) > 2
+    own = read_json(folder / "runs/n1/unlearn/hi/mask-skew/metrics.json")
+    assert results["target"]["UA"] == own["UA"]
+    assert results["target"]["RA"]["all"] != own["RA"]["all"]  # with f's rows that stay
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,15 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tiered.config import load
-from tiered.data import ProcessedData
+from tiered.data import ProcessedData, Rows
 from tiered.metrics import NOT_APPLICABLE
 from tiered.partition import make_partition_map
 from tiered.router import run_models
-from tiered.store import read_json
+from tiered.store import UserError, read_json
 from tiered.unlearning import gradient
+from tiered.unlearning.measures import Judge
 from tiered.unlearning.operations import METHODS, OPERATIONS
+from tiered.unlearning.protocol import Measured, scored_rows
 from tiered.unlearning.systems import Context, Forget, NotApplicable
 
 V, T = 11, 7
@@ -189,12 +191,93 @@ def test_some_documents_are_their_own_forget_set(run, tmp_path):
     path.write_text("".join(f"hi/{n}\n" for n in names))
     some = Forget("some", "hi", frozenset(names), str(path))
     forget, retain = gradient.forget_and_retain_blocks(run, some, 0)
-    assert np.array_equal(forget, trained.input_ids[:3])
+    order = [n for n in run.data.document_ids("hi", "train") if n in names]
+    stream = np.concatenate([documents_of(run, "hi")[n] for n in order])
+    times = dict(zip(names, trained.occurrences[:3], strict=True))
+    size = run.data.block_size
+    packed = stream[: len(stream) // size * size].reshape(-1, size)
+    extra = [documents_of(run, "hi")[n][:size] for n in order for _ in range(times[n] - 1)]
+    assert np.array_equal(forget, np.concatenate([packed, extra]))  # whole documents
     kept = {tuple(b) for b in retain}
     assert not {tuple(b) for b in forget} & kept  # a repeated row's own blocks are gone too
     members = run.retained_members(some, "hi", 0)
     assert set(members.document_ids) == set(trained.document_ids) - set(names)
     assert run.touched(some) == (0,) and run.neighbours(some)[0] == ["hi", "si"]
+
+
+def documents_of(run: Context, domain: str) -> dict[str, np.ndarray]:
+    """Train documents with their separators."""
+    ids, end = run.data.document_ids(domain, "train"), run.data.separator_id
+    return {n: np.r_[d, end] for n, d in zip(ids, run.data.documents(domain, "train"), strict=True)}
+
+
+def test_a_forget_file_of_short_documents_fills_a_block_and_untouched_partitions_stay(
+    tiny, monkeypatch, tmp_path
+):
+    """Random documents, n = 2: a document of less than a block, in one of the partitions."""
+    monkeypatch.chdir(tiny)
+    r2 = context_of("r2")
+    found, size = documents_of(r2, "hi"), r2.data.block_size
+    name = min(found, key=lambda n: len(found[n]))
+    cut = found[name][: size - 5]
+    monkeypatch.setattr(
+        r2.data, "documents", lambda *_: [cut if n == name else d[:-1] for n, d in found.items()]
+    )
+    monkeypatch.setattr(r2.data, "blocks", lambda *_, **__: np.zeros((0, size), dtype=np.int32))
+    (tmp_path / "one.txt").write_text(f"hi/{name}\n")
+    one = Forget("one", "hi", frozenset([name]), str(tmp_path / "one.txt"))
+    (k,) = r2.touched(one)
+    blocks_of = [gradient.document_blocks(r2, one, i) for i in (k, 1 - k)]
+    assert blocks_of[0].tolist() == [[*cut, *cut[:5]]] and len(blocks_of[1]) == 0
+
+
+def test_forget_files_touch_only_partitions_that_hold_a_document(tiny, monkeypatch, tmp_path):
+    monkeypatch.chdir(tiny)
+    r2 = context_of("r2")
+    names = r2.members(HI, 0).document_ids
+    own = r2.partitions.assign("hi", list(names))
+    chosen = [n for n, k in zip(names, own, strict=True) if k == 1][:3]
+    (tmp_path / "some.txt").write_text("".join(f"hi/{n}\n" for n in chosen))
+    some = Forget("some", "hi", frozenset(chosen), str(tmp_path / "some.txt"))
+    outcome = OPERATIONS["GA"](r2, some)
+    assert outcome.changed == ["model/1"] and outcome.models[0] == r2.models[0]
+
+
+@pytest.mark.parametrize("name", ["r2", "k4"])
+def test_the_early_stop_of_a_partition_looks_at_its_own_rows(tiny, monkeypatch, name):
+    monkeypatch.chdir(tiny)
+    where = context_of(name)
+    seen, members = [], where.members(HI, 0)
+    for k in where.touched(HI):
+        stop = gradient.early_stop(where, HI, k, None)
+        own = where.partitions.assign("hi", list(members.document_ids)) == k
+        assert np.array_equal(stop.members, members.input_ids[own][: len(stop.members)])
+        assert len(stop.members) == min(own.sum(), where.config.unlearn.check_rows)
+        seen += [tuple(row) for row in stop.retain]
+        near = [d for d in where.neighbours(HI)[0] if d in where.partitions.members[k]]
+        here = set()
+        for rows in (where.retained_members(HI, d, 0) for d in near):
+            own = where.partitions.assign(rows.domain, list(rows.document_ids)) == k
+            here |= {tuple(row) for row in rows.input_ids[own]}
+        assert {tuple(row) for row in stop.retain} <= here
+        others = where.data.rows("hi", "validation")
+        if name == "k4":
+            others = others.only(where.partitions.assign("hi", list(others.document_ids)) == k)
+        assert np.array_equal(stop.others, others.input_ids[: where.config.unlearn.check_rows])
+    assert seen or name == "k4"  # its clusters are languages: nothing is near
+
+
+def test_an_edit_that_is_there_costs_no_pass(run, monkeypatch):
+    """Its address needs no score and no model: gold is read only for an edit that is made."""
+    first = OPERATIONS["GradDiff"](run, HI)
+
+    def never(*_, **__):
+        raise AssertionError("scored")
+
+    monkeypatch.setattr(gradient, "score_prefixes", never)
+    monkeypatch.setattr(gradient, "load_models", never)
+    again = OPERATIONS["GradDiff"](run, HI)
+    assert again.models == first.models and again.reused == ["model/0"]
 
 
 def test_what_needs_something_retained_says_so_where_there_is_nothing(tiny, monkeypatch):
@@ -208,3 +291,42 @@ def test_what_needs_something_retained_says_so_where_there_is_nothing(tiny, monk
     record = read_json(outcome.models[0] / "record.json")
     assert record["tokens"] == record["steps"] * 8 * 32
     assert record["inputs"]["gold"] is None
+
+
+def unknown(rows: Rows, share: float) -> Rows:
+    return dataclasses.replace(rows, unk_share=np.full(len(rows.document_ids), share))
+
+
+def test_rows_that_are_scored_and_their_caps(run, monkeypatch, tmp_path):
+    where = context_of("n2", forget_rows=7, holdout_rows=4, retain_rows=3)
+    scored = scored_rows(where, HI)
+    sizes = {key: len(rows.document_ids) for key, rows in scored.items()}
+    assert sizes["forget", "hi"] == sizes["test", "hi"] == 7 and sizes["holdout", "hi"] == 4
+    assert sizes["train", "de"] == sizes["test", "de"] == 3
+    times = scored["forget", "hi"].occurrences.tolist()
+    assert times[:4] == [16] * 4 and times[4:] == sorted(times[4:], reverse=True)
+    # of a forget file the domain stays: it weighs as much as any other
+    names = where.members(HI, 5).document_ids
+    (tmp_path / "five.txt").write_text("".join(f"hi/{n}\n" for n in names))
+    five = Forget("five", "hi", frozenset(names), str(tmp_path / "five.txt"))
+    sizes = {key: len(rows.document_ids) for key, rows in scored_rows(where, five).items()}
+    assert sizes["test", "hi"] == sizes["train", "hi"] == 3 and sizes["forget", "hi"] == 5
+
+
+def test_text_that_the_tokenizer_cannot_write_is_left_out(run, monkeypatch):
+    """Above 1 % of [UNK] a retained domain is not scored; a forget domain is an error."""
+    read = run.data.rows
+    for share, there in ((0.01, True), (0.02, False)):
+        found = lambda d, *rest: unknown(read(d, *rest), share * (d == "si"))  # noqa: B023, E731
+        monkeypatch.setattr(run.data, "rows", found)
+        scored = scored_rows(run, HI)
+        assert (("train", "si") in scored) == (("test", "si") in scored) == there
+        assert ("test", "de") in scored
+    names = {key: np.ones(len(rows.document_ids)) for key, rows in scored.items()}
+    measured = {"gold": Measured(dict.fromkeys(names), None, None)}
+    judge = Judge(run, HI, measured)
+    assert judge.left_out == ["si"]
+    assert judge.groups == {"all": ["de", "en"], "near": [], "far": ["de", "en"]}
+    monkeypatch.setattr(run.data, "rows", lambda *a: unknown(read(*a), 0.02))
+    with pytest.raises(UserError, match=r"hi: more than 1% of its forget rows is \[UNK\]"):
+        scored_rows(run, HI)

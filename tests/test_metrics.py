@@ -1,5 +1,6 @@
 """Measures against hand calculations and scikit-learn."""
 
+import itertools
 import math
 
 import numpy as np
@@ -36,6 +37,16 @@ def test_nmi_of_equal_groups_reaches_its_maximum():
         expected = normalized_mutual_info_score(domains, partitions)
         assert metrics.partition_nmi(domains, partitions) == pytest.approx(expected)
         assert metrics.maximal_nmi(n, 16) == pytest.approx(expected, abs=1e-9)
+
+
+def test_no_grouping_exceeds_the_maximal_nmi():
+    """All groupings of five domains: the bound holds, and no more than 1 is ever promised."""
+    domains = np.arange(5)
+    for n in (2, 3, 4):
+        groupings = itertools.product(range(n), repeat=5)
+        best = max(metrics.partition_nmi(domains, np.array(g)) for g in groupings)
+        assert best < metrics.maximal_nmi(n, 5) < best + 0.05  # 5 domains make no equal groups
+    assert metrics.maximal_nmi(5, 5) == metrics.maximal_nmi(32, 5) == 1.0
 
 
 def test_token_lcs_against_a_hand_table():

@@ -38,6 +38,9 @@ def test_most_shared_experts_by_hand():
     assert purge.most_shared(SCORES, "a", 26).flatten().tolist() == [True, False, True, False]
     assert purge.most_shared(SCORES, "a", 0).sum() == 0
     assert purge.most_shared(SCORES, "a", 100).all()
+    hundred = {"a": torch.rand(1, 10, 10).double(), "b": torch.rand(1, 10, 10).double()}
+    for percent in range(101):  # 7 / 100 * 100 is 7.000000000000001
+        assert purge.most_shared(hundred, "a", percent).sum() == percent
 
 
 def test_most_shared_mass_by_hand():

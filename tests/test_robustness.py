@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.test_gradient import HI, context_of, tiny_llama
+from tests.test_targeted import tiny_monet
 from tiered.router import load_models, load_router, tiered_model
 from tiered.unlearning import robustness
 from tiered.unlearning.protocol import Scorer
@@ -39,6 +40,19 @@ def test_rounding_moves_no_weight_by_more_than_half_a_step_and_is_done_once(bits
     robustness.round_weights(again, bits)
     for a, b in zip(again.parameters(), model.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["vertical", "horizontal"])
+def test_biases_of_experts_stay_though_they_are_matrices(kind):
+    model = tiny_monet(kind)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    robustness.round_weights(model, 4)
+    same = {n for n, p in model.named_parameters() if torch.equal(p, before[n])}
+    matrices = {n for n, p in before.items() if p.ndim > 1}
+    biases = {n for n in matrices if n.rpartition(".")[2].startswith("b")}
+    assert biases and same & matrices == biases
 
 
 def test_tied_weights_are_rounded_as_one():

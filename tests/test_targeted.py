@@ -13,6 +13,7 @@ from tests.test_gradient import HI, blocks, context_of, tiny_llama
 from tiered.metrics import NOT_APPLICABLE
 from tiered.store import read_json
 from tiered.unlearning import targeted
+from tiered.unlearning.gradient import Task
 from tiered.unlearning.operations import OPERATIONS
 from tiered.unlearning.systems import Context, NotApplicable
 
@@ -109,6 +110,28 @@ def run(tiny) -> Context:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tiny)
         yield context_of("n2", seuf_experts=2)
+
+
+def test_rmu_trains_experts_and_no_router(run, monkeypatch):
+    """What `descend` would train, for a Monet and a Mixtral."""
+    trained = {}
+
+    def look(model, *_, **__):
+        trained[model.config.model_type] = {
+            name for name, p in model.named_parameters() if p.requires_grad
+        }
+        return {"tokens": 0}
+
+    monkeypatch.setattr(targeted, "descend", look)
+    for model in (tiny_monet(), tiny_mixtral()):
+        targeted.rmu(model, Task(run, HI, 0, blocks(0, 4), blocks(1, 4), None))
+    depth = "model.layers.0."  # of two layers, the first is steered
+    assert all(name.startswith(depth) for names in trained.values() for name in names)
+    assert {n.removeprefix(depth + "mlp.") for n in trained["mixtral"]} == {
+        "experts.gate_up_proj",
+        "experts.down_proj",
+    }
+    assert trained["monet"] and all(".moe." in name for name in trained["monet"])
 
 
 def edited_tensors(run: Context, outcome) -> set[str]:

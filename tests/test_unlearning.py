@@ -131,6 +131,22 @@ def test_gold_against_itself_has_no_gap_and_original_is_attacked(measured):
     assert original["strongest_attack"]["p"] < 0.01 < gold["strongest_attack"]["p"]
 
 
+def test_ua_and_efficacy_of_a_gap_are_of_the_same_members(measured):
+    """Every member above the holdout median is wrong everywhere, and no other: the two are one
+    number, in every resample."""
+    judge = Judge(context(2), HI, measured)
+    part, holdout = (measured["sisa"].scores[s, "hi"] for s in ("forget", "holdout"))
+    above = part.mean_loss >= np.median(holdout.mean_loss)
+    part.correct[:] = np.where(above, 0, part.tokens)
+    holdout.loss_nats[:] = holdout.loss_nats.mean()  # its median does not move
+    above = part.mean_loss >= holdout.mean_loss[0]
+    part.correct[:] = np.where(above, 0, part.tokens)
+    (ua, ua_drawn), *_, (efficacy, drawn) = judge._headline("sisa")
+    assert 0.2 < ua < 0.8 and ua == efficacy == above.mean()
+    np.testing.assert_allclose(ua_drawn, drawn, atol=1e-12)
+    assert drawn.std() > 0.01
+
+
 def test_an_attack_without_power_prints_the_word_for_every_operation(measured):
     measured["original"] = system(np.random.default_rng(3).normal(5, 0.3, 40), [6] * 40)
     for name in measured:

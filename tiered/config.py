@@ -407,7 +407,12 @@ class UnlearnConfig:
         "golds, each of another seed, the first of the run's: three or more span an envelope",
         low=1,
     )
-    forget_rows: int = opt(200, "member, holdout and test rows of the forget domain", low=2)
+    forget_rows: int = opt(200, "member and test rows of the forget domain, at most", low=2)
+    holdout_rows: int = opt(
+        400,
+        "holdout rows of the forget domain, at most; TPR at 1 % FPR needs 300",
+        low=2,
+    )
     retain_rows: int = opt(32, "member and test rows of every other domain", low=1)
     bootstrap_samples: int = opt(1000, "resamples of an interval, shuffles of a test", low=10)
     attacks: tuple[str, ...] = opt(
@@ -420,8 +425,8 @@ class UnlearnConfig:
     )
     max_overlap: float = opt(
         0.5,
-        "holdout rows are left out of whose token 13-grams more than this share stand in the"
-        " domain's train split",
+        "holdout rows and members are left out of whose token 13-grams more than this share stand"
+        " in the domain's train split (a member's: in another document of it)",
         low=0,
         high=1,
     )

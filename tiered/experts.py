@@ -8,8 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from scipy.spatial.distance import jensenshannon
-from scipy.special import xlogy
+from scipy.special import rel_entr, xlogy
 
 from modeling_monet import Gates, MonetRouter
 from tiered.data import ProcessedData
@@ -176,4 +175,9 @@ def effective_numbers(joint: np.ndarray) -> tuple[float, float]:
 def divergences(joint: np.ndarray) -> np.ndarray:
     """Jensen-Shannon divergence in bits between the experts of every two domains, (D, D)."""
     rows = joint / joint.sum(1, keepdims=True)
-    return np.array([[jensenshannon(a, b, base=2) ** 2 for b in rows] for a in rows])
+    found = []
+    for row in rows:
+        mean = (rows + row) / 2
+        found.append((rel_entr(rows, mean) + rel_entr(row, mean)).sum(1) / 2)
+    # of nearly equal rows the sum of tiny terms of both signs may end below 0
+    return np.maximum(found, 0) / np.log(2)

@@ -37,9 +37,11 @@ def partition_nmi(domains: np.ndarray, partitions: np.ndarray) -> float:
 
 
 def maximal_nmi(num_partitions: int, num_domains: int) -> float:
-    """Largest NMI that n equal groups of D equal domains can have: 2 ln n / (ln n + ln D)."""
+    """The NMI that n partitions of D equal domains cannot exceed: 2 ln n / (ln n + ln D), 1 from
+    n = D on; n equal groups of whole domains reach it, unequal ones stay below."""
     if num_domains == 1 or num_partitions == 1:
         return 1.0 if num_domains == num_partitions else 0.0
+    num_partitions = min(num_partitions, num_domains)
     return 2 * math.log(num_partitions) / (math.log(num_partitions) + math.log(num_domains))
 
 

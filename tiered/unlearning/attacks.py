@@ -35,7 +35,7 @@ def row_statistics(tokens: TokenScores, share: float) -> dict[str, np.ndarray]:
     """
     scored = tokens.scored.all(0)
     nll = tokens.nll[:, scored].astype(np.float64)
-    count = max(1, int(share * nll.shape[1]))
+    count = max(1, int(round(share * nll.shape[1], 9)))  # 0.29 * 100 is 28.999...
     found = {
         "min_k": np.sort(nll, 1)[:, -count:].mean(1),
         "confidence": np.exp(-nll).mean(1),

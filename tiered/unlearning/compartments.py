@@ -28,7 +28,7 @@ from tiered.record import SCORING_CODE, environment
 from tiered.router import load_models, load_router, tiered_model
 from tiered.store import code_hash, content_hash, digest, read_json, seed_of, write_json
 from tiered.unlearning.controls import masked_hashes, removal_bpb
-from tiered.unlearning.protocol import Scorer
+from tiered.unlearning.protocol import Scorer, readable
 from tiered.unlearning.purge import calibration_scores, purged_mass, random_masks, skew_masks
 from tiered.unlearning.sequence import sequence
 from tiered.unlearning.systems import Context, Forget, NotApplicable
@@ -74,6 +74,7 @@ def compartments(
     rows = {
         d: context.data.rows(d, "test", config.unlearn.retain_rows) for d in context.data.domains
     }
+    rows = {d: found for d, found in rows.items() if readable(found)}
     say("partitions")
     found = {"key": key, "domains": list(rows), "level1": level1(context, model, rows)}
     say("experts")

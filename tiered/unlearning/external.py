@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from tiered.config import Config
 from tiered.data import Rows
@@ -27,7 +27,15 @@ from tiered.record import device_of
 from tiered.store import UserError, digest, write_json, write_text
 from tiered.tokenization import TOKENIZER_RECORD, Encoder, load_tokenizer, tokenizer_record
 from tiered.unlearning.measures import Judge
-from tiered.unlearning.protocol import ATTACKED, Measured, ScoredRows, Scorer, Scores
+from tiered.unlearning.protocol import (
+    ATTACKED,
+    Measured,
+    ScoredRows,
+    Scorer,
+    Scores,
+    check_readable,
+    readable,
+)
 from tiered.unlearning.systems import Context, Forget
 
 SPLITS = ("forget", "holdout", "test", "train", "calibration")
@@ -137,10 +145,16 @@ class RowFile:
         rows = self.found[split, domain]
         return rows.only(np.full(len(rows.document_ids), True), count)
 
+    def retained(self, forget: str) -> list[str]:
+        """Domains other than the forget domain; it too, if train rows of it are to stay."""
+        return [d for d in self.domains if d != forget or ("train", d) in self.found]
+
     def _lists(self, domain: str, split: str, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """What `unigram_log_probs` counts: the members stand for the domain's train split."""
-        values = getattr(self.rows(domain, "forget" if split == "train" else split), name)
-        yield np.array([0, values.size]), values.ravel()
+        """What `unigram_log_probs` counts: all rows of the domain, whatever their split, so that
+        neighbours of members are not made of members' words alone."""
+        values = [getattr(r, name).ravel() for (_, d), r in self.found.items() if d == domain]
+        joined = np.concatenate(values)
+        yield np.array([0, joined.size]), joined
 
 
 # ---------------------------------------------------------------- models
@@ -177,6 +191,8 @@ def open_model(folder: str, key: str, config: Config, rows: RowFile) -> OneModel
             f"unlearn.{key}: {folder} reads {most} tokens, rows have {rows.block_size}; lower"
             " data.block_size"
         )
+    # its own settings (a temperature, no repeated n-grams) say nothing of what it remembers
+    model.generation_config = GenerationConfig()
     return OneModel(model.to(device_of(config)).eval())
 
 
@@ -210,25 +226,28 @@ class RowContext(Context):
 
     def neighbours(self, forget: Forget) -> tuple[list[str], list[str]]:
         """Retained domains that the file says are near, and others."""
-        retained = [d for d in self.data.domains if d != forget.domain]
+        retained = self.retained(forget)
         near = [d for d in retained if d in self.data.near]
         return near, [d for d in retained if d not in near]
 
+    def retained(self, forget: Forget) -> list[str]:
+        """Domains of which the file has rows that should still be known."""
+        return self.data.retained(forget.domain)
+
 
 def scored_file(rows: RowFile, config: Config) -> tuple[Forget, ScoredRows]:
-    """The forget domain of a row file and the rows that are scored, in the protocol's order."""
-    section = config.unlearn
+    """The forget domain of a row file and its rows, all of them, in the protocol's order."""
     forgets = [domain for split, domain in rows.found if split == "forget"]
     if len(forgets) != 1:
         found = ", ".join(forgets) or "none"
         raise UserError(f"{rows.path}: forget rows must be of one domain (found {found})")
     (f,) = forgets
-    scored = {("forget", f): rows.rows(f, "forget", section.forget_rows)}
-    for split in ("holdout", "test"):
-        scored[split, f] = rows.rows(f, split, section.forget_rows)
-    for d in (d for d in rows.domains if d != f):
-        for split in ("train", "test"):
-            scored[split, d] = rows.rows(d, split, section.retain_rows)
+    scored = {(split, f): rows.rows(f, split) for split in ("forget", "holdout", "test")}
+    check_readable(scored.values())
+    for d in rows.retained(f):
+        parts = {split: rows.rows(d, split) for split in ("train", "test")}
+        if all(readable(part) for part in parts.values()):
+            scored |= {(split, d): part for split, part in parts.items()}
     for (split, domain), part in scored.items():
         if not part.document_ids:
             raise UserError(

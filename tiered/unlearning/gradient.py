@@ -8,20 +8,25 @@ Shapes: B blocks, T tokens per block, S = T - 1 predicted positions.
 """
 
 import copy
+import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from tiered.branching import used
+from tiered.data import Rows
 from tiered.metrics import NOT_APPLICABLE
 from tiered.router import load_models
 from tiered.scoring import score_prefixes
 from tiered.statistics import auc
-from tiered.store import content_hash, digest, seed_of
+from tiered.store import content_hash, seed_of
 from tiered.training import partition_blocks
 from tiered.unlearning.deletion import models_without
 from tiered.unlearning.systems import Context, Forget, NotApplicable, Outcome, edited
@@ -32,14 +37,20 @@ GRADIENT_CODE = tuple(f"tiered/{n}.py" for n in ("scoring", "statistics", "unlea
 
 @dataclass
 class Task:
-    """One partition's model to be edited: blocks (rows, T), and what the early stop looks at."""
+    """One partition's model to be edited: blocks (rows, T), and gold's model of the partition."""
 
     context: Context
     forget_set: Forget
     k: int
     forget: np.ndarray
     retain: np.ndarray
-    stop: "EarlyStop"
+    gold: Path | None
+
+    @functools.cached_property
+    def stop(self) -> "EarlyStop":
+        """What the early stop looks at; only an edit that is made has to score gold for it."""
+        gold = None if self.gold is None else load_models({self.k: self.gold})[self.k]
+        return early_stop(self.context, self.forget_set, self.k, gold)
 
     @property
     def section(self) -> Any:
@@ -103,16 +114,27 @@ def loss_auc(
 
 
 def early_stop(context: Context, forget: Forget, k: int, gold: torch.nn.Module | None) -> EarlyStop:
-    """What the early stop of partition k looks at; nothing of it is scored later but members."""
-    data, section = context.data, context.config.unlearn
+    """What the early stop of partition k looks at: rows that its model was trained on, and
+    validation rows like them; nothing of it is scored later but members."""
+    data, section, partitions = context.data, context.config.unlearn, context.partitions
     count, batch_rows = section.check_rows, context.config.eval.batch_rows
-    members = context.members(forget, count).input_ids
-    others = data.rows(forget.domain, "validation", count).input_ids
+
+    def own(rows: Rows, most: int) -> np.ndarray:
+        here = partitions.assign(rows.domain, list(rows.document_ids)) == k
+        return rows.only(here, most).input_ids
+
+    members = own(context.members(forget, 0), count)
+    others = data.rows(forget.domain, "validation")
+    # a cluster's text is its own; at random, a document of one partition is as good as another's
+    clustered = partitions.clusters is not None
+    others = own(others, count) if clustered else others.input_ids[:count]
     near, _ = context.neighbours(forget)
-    near = [d for d in near if d in context.partitions.members[k]]
+    near = [d for d in near if d in partitions.members[k]]
     share = -(-count // max(1, len(near)))
-    parts = [context.retained_members(forget, d, share).input_ids for d in near]
+    parts = [own(context.retained_members(forget, d, 0), share) for d in near]
     retain = np.concatenate(parts) if parts else members[:0]
+    if not len(members):
+        raise NotApplicable(f"{NOT_APPLICABLE}: a partition has no member row to stop by")
     if not len(others):
         raise NotApplicable(f"{NOT_APPLICABLE}: {forget.domain} has no validation row to stop by")
     gold_auc = 0.5 if gold is None else loss_auc(gold, members, others, batch_rows)
@@ -301,21 +323,21 @@ METHODS: dict[str, Method] = {
 
 def unlearn(name: str, method: Method, context: Context, forget: Forget) -> Outcome:
     """The run with a method applied to every model whose partition holds the forget set."""
-    touched = context.touched(forget)
-    blocks = {k: forget_and_retain_blocks(context, forget, k) for k in touched}
+    blocks = {k: forget_and_retain_blocks(context, forget, k) for k in context.touched(forget)}
+    blocks = {k: both for k, both in blocks.items() if len(both[0])}
+    if not blocks:
+        raise NotApplicable(f"{NOT_APPLICABLE}: no model was trained on the forget set")
     if method.needs_retain and any(not len(retain) for _, retain in blocks.values()):
         raise NotApplicable(f"{NOT_APPLICABLE}: its partition holds nothing else to train on")
     golds, _ = models_without(context, forget)
     edits = {}
-    for k in touched:
-        gold = load_models({k: golds[k]})[k] if k in golds else None
-        stop = early_stop(context, forget, k, gold)
-        task = Task(context, forget, k, *blocks[k], stop)
+    for k in blocks:
+        task = Task(context, forget, k, *blocks[k], golds.get(k))
         inputs = {
             "operation": name,
             "forget": forget.identity(),
             "settings": settings_of(context, name, method),
-            "blocks": [digest(part.tolist()) for part in blocks[k]],
+            "blocks": [hashlib.sha256(part.astype("<i4")).hexdigest()[:16] for part in blocks[k]],
             "gold": content_hash(golds[k]) if k in golds else None,
             "seed": context.config.seed,
             "partition": context.partitions.identity(k),
@@ -344,10 +366,23 @@ def forget_and_retain_blocks(
     config, data, partitions = context.config, context.data, context.partitions
     empty = np.zeros((0, data.block_size), dtype=np.int32)
     if forget.documents:
-        rows = context.members(forget, 0)
-        own = partitions.assign(forget.domain, list(rows.document_ids)) == k
         retain, _ = partition_blocks(context.without(forget), data, partitions, k)
-        return rows.input_ids[own], empty if retain is None else retain
+        return document_blocks(context, forget, k), empty if retain is None else retain
     forgotten, _ = partition_blocks(config, data, partitions, k, [forget.domain])
     retain, _ = partition_blocks(config, data, partitions, k, context.retained(forget))
     return (empty if forgotten is None else forgotten), (empty if retain is None else retain)
+
+
+def document_blocks(context: Context, forget: Forget, k: int) -> np.ndarray:
+    """The listed documents that partition k was trained on, packed (rows, T); with less than one
+    block of text, that text over and over."""
+    data, domain = context.data, forget.domain
+    ids = data.document_ids(domain, "train")
+    keep = np.isin(ids, sorted(forget.documents)) & (context.partitions.assign(domain, ids) == k)
+    trained = used(context.config, domain, ids)
+    keep = keep if trained is None else keep & trained
+    blocks = data.blocks(domain, "train", keep=keep)
+    if len(blocks) or not keep.any():
+        return blocks
+    texts = [text for text, kept in zip(data.documents(domain, "train"), keep, strict=True) if kept]
+    return np.resize(np.concatenate(texts), (1, data.block_size))

@@ -46,7 +46,7 @@ from tiered.statistics import (
 )
 from tiered.store import seed_of
 from tiered.unlearning.attacks import attack_scores, svc_non_members
-from tiered.unlearning.protocol import Measured, Scores
+from tiered.unlearning.protocol import ATTACKED, Measured, Scores
 from tiered.unlearning.systems import Context, Forget
 from tiered.unlearning.utility import LEAST_UTILITY, Alone
 
@@ -73,7 +73,9 @@ class Judge:
         self.section = context.config.unlearn
         self.has_original = "original" in measured
         self.golds = [name for name in measured if is_gold_name(name)]
-        near, far = context.neighbours(forget)
+        read = {d for split, d in measured["gold"].scores if split == "test"}
+        near, far = ([d for d in group if d in read] for group in context.neighbours(forget))
+        self.left_out = [d for d in context.retained(forget) if d not in read]
         self.groups = {"all": near + far, "near": near, "far": far}
         self._power: dict[tuple[str, str], Interval | None] = {}
 
@@ -107,6 +109,7 @@ class Judge:
             "extraction_strength": self.extraction_strength(operation),
             "verbatim": self.verbatim(operation),
             "exposure": self.exposure(operation),
+            "domains_left_out": self.left_out,  # [UNK]
             "rows": {
                 "members": len(members.tokens),
                 "holdout": len(u["holdout", f].tokens),
@@ -564,15 +567,15 @@ class Judge:
         return Interval.of(*self._efficacy(operation)).as_json()
 
     def _efficacy(self, operation: str) -> tuple[float, np.ndarray]:
-        """`median_efficacy`, and its resamples over members and holdout rows."""
-        members, holdout = self.attack(operation, "LOSS")
-        generator = np.random.default_rng(self.seed("efficacy"))
-        samples = self.section.bootstrap_samples
-        a, b = (
-            values[generator.integers(len(values), size=(samples, len(values)))]
-            for values in (members, holdout)
-        )
-        return median_efficacy(members, holdout), (a >= np.median(b, 1)[:, None]).mean(1)
+        """`median_efficacy`, and its resamples over members (those that UA has) and holdout."""
+        u, f, samples = self.scores(operation), self.forget.domain, self.section.bootstrap_samples
+        parts = [u[split, f] for split in ATTACKED]
+        members, holdout = (part.mean_loss for part in parts)
+        generators = [np.random.default_rng(self.rows_seed(part)) for part in parts]
+        drawn = generators[1].integers(len(holdout), size=(samples, len(holdout)))
+        above = members >= np.median(holdout[drawn], 1)[:, None]  # (samples, members)
+        counts = resampled_counts(len(members), samples, generators[0])
+        return median_efficacy(members, holdout), (above * counts).sum(1) / len(members)
 
     def shifted_efficacy(self, operation: str) -> Any:
         """MIA efficacy as arXiv:2304.04934 has it, trained on retained domains; its interval is of

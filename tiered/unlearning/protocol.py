@@ -13,7 +13,14 @@ import torch
 
 from tiered.config import CANARY
 from tiered.data import Rows
-from tiered.evaluation import RowScores, assignments, router_scores, score_cache, sum_rows
+from tiered.evaluation import (
+    MAX_UNK_SHARE,
+    RowScores,
+    assignments,
+    router_scores,
+    score_cache,
+    sum_rows,
+)
 from tiered.modeling_tiered import Level1Embedder, TieredForCausalLM
 from tiered.scoring import ScoreCache, TokenScores, score_prefixes, score_rows
 from tiered.store import UserError
@@ -44,35 +51,65 @@ class Measured:
 
 
 def scored_rows(context: Context, forget: Forget) -> ScoredRows:
-    """The rows of a forget set's protocol, in a fixed order."""
+    """The rows of a forget set's protocol, in a fixed order.
+
+    Retained domains whose text the tokenizer cannot write ([UNK]) are left out.
+    """
     unlearn, data, f = context.config.unlearn, context.data, forget.domain
+    # of a forget file the domain is retained, and weighs in TA as much as any other
+    tested = unlearn.retain_rows if forget.documents else unlearn.forget_rows
     rows = {
-        ("forget", f): replace(context.members(forget, unlearn.forget_rows), split="forget"),
+        ("forget", f): replace(member_rows(context, forget), split="forget"),
         ("holdout", f): holdout_rows(context, f),
-        ("test", f): data.rows(f, "test", unlearn.forget_rows),
+        ("test", f): data.rows(f, "test", tested),
     }
+    check_readable(rows.values())
     canaries = data.rows(f, CANARY)
     if canaries.document_ids and not forget.documents:  # they are the domain's, not a document's
         rows[CANARY, f] = canaries
     for d in context.retained(forget):
-        rows["train", d] = context.retained_members(forget, d, unlearn.retain_rows)
-        if d != f:
-            rows["test", d] = data.rows(d, "test", unlearn.retain_rows)
+        members = context.retained_members(forget, d, unlearn.retain_rows)
+        test = data.rows(d, "test", unlearn.retain_rows)
+        if readable(members) and readable(test):
+            rows["train", d], rows["test", d] = members, test
     for (split, domain), found in rows.items():
         if not found.document_ids:
             kind = "member" if split in ("forget", "train") else split
+            apart = " of its own" if split in ATTACKED else ""
             raise UserError(
-                f"unlearn.forget: domain {domain} has no {kind} row of {data.block_size} tokens;"
-                " lower data.block_size or give it more text"
+                f"unlearn.forget: domain {domain} has no {kind} row of {data.block_size} tokens"
+                f"{apart}; lower data.block_size or give it more text"
             )
     return rows
+
+
+def readable(rows: Rows) -> bool:
+    """Whether the tokenizer can write the rows: [UNK] hides the text that it replaces."""
+    return not len(rows.unk_share) or float(rows.unk_share.mean()) <= MAX_UNK_SHARE
+
+
+def check_readable(parts: Iterable[Rows]) -> None:
+    """UserError where rows of the forget domain are not `readable`."""
+    for rows in parts:
+        if not readable(rows):
+            raise UserError(
+                f"{rows.domain}: more than {MAX_UNK_SHARE:.0%} of its {rows.split} rows is [UNK];"
+                " nothing measured on them would mean anything: take another tokenizer"
+            )
+
+
+def member_rows(context: Context, forget: Forget) -> Rows:
+    """M_f: trained rows of the forget set that share no passage with other training text."""
+    section, rows = context.config.unlearn, context.members(forget, 0)
+    chosen = distinct_from_train(context.data, rows, section.max_overlap)
+    return rows.only(chosen, section.forget_rows)
 
 
 def holdout_rows(context: Context, domain: str) -> Rows:
     """H_f: rows of the same pool that no model read, and that share no passage with train."""
     section, rows = context.config.unlearn, context.data.rows(domain, "holdout")
     chosen = distinct_from_train(context.data, rows, section.max_overlap)
-    return rows.only(chosen, section.forget_rows)
+    return rows.only(chosen, section.holdout_rows)
 
 
 class Scorer:

@@ -46,7 +46,7 @@ def purged_mass(scores: Scores, domain: str, purged: torch.Tensor) -> float:
 def most_shared(scores: Scores, domain: str, percent: float) -> torch.Tensor:
     """The `percent` of each group's experts with the largest share of the domain (ties: first)."""
     share = domain_share(scores, domain).flatten(1)
-    count = math.ceil(percent / 100 * share.shape[1])
+    count = math.ceil(round(percent / 100 * share.shape[1], 9))  # 7 % of 100 is 7.000...01
     order = torch.argsort(share, dim=1, descending=True, stable=True)[:, :count]
     purged = torch.zeros_like(share, dtype=torch.bool).scatter_(1, order, True)
     return purged.view_as(scores[domain])

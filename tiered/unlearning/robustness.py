@@ -21,6 +21,7 @@ from tiered.unlearning.protocol import Scorer
 from tiered.unlearning.systems import Context, Forget
 
 ROUNDING_BITS = {"int8": 8, "int4": 4}
+BIASES = ("bias", "b", "b1", "b2")  # the last three: one row per expert of a Monet's axis
 
 
 def relearn_rows(context: Context, forget: Forget) -> tuple[Rows, Rows]:
@@ -107,12 +108,14 @@ def _learner(
 def round_weights(model: torch.nn.Module, bits: int) -> None:
     """Round every matrix to nearest on a symmetric grid of `bits` bits, in place.
 
-    One scale per output row, max |w| / (2^(bits - 1) - 1); vectors (norms, biases) stay.
+    One scale per output row, max |w| / (2^(bits - 1) - 1); norms and biases stay, those of a
+    Monet's experts too, which are stored as matrices.
     """
     most = 2 ** (bits - 1) - 1
     seen: set[int] = set()
-    for weights in model.parameters():
-        if weights.ndim < 2 or weights.data_ptr() in seen:  # tied weights are rounded once
+    for name, weights in model.named_parameters():
+        bias = name.rpartition(".")[2] in BIASES
+        if weights.ndim < 2 or bias or weights.data_ptr() in seen:  # tied weights: once
             continue
         seen.add(weights.data_ptr())
         scale = weights.abs().amax(-1, keepdim=True) / most

@@ -1,7 +1,9 @@
 """What makes holdout rows comparable with members: no text that stands in both.
 
-Rows of documents that share boilerplate with training text are half members; they are left out by
-the share of their token 13-grams that occur in train (as in MIMIR, arXiv:2402.07841).
+Holdout rows that share boilerplate with training text are half members; they are left out by the
+share of their token 13-grams that occur in train (as in MIMIR, arXiv:2402.07841). Members are left
+out by the same rule, their own document apart: otherwise boilerplate, which every model of the
+language finds easy, would be on one side only, and an attack would find it.
 """
 
 import numpy as np
@@ -23,20 +25,23 @@ def ngram_hashes(ids: np.ndarray) -> np.ndarray:
     return total
 
 
-def overlap(data: ProcessedData, rows: Rows, split: str = "train") -> np.ndarray:
-    """Share (R,) in [0, 1] of each row's 13-grams that stand in a document of the split."""
+def overlap(
+    data: ProcessedData, rows: Rows, split: str = "train", documents: int = 1
+) -> np.ndarray:
+    """Share (R,) in [0, 1] of each row's 13-grams that stand in so many documents of the split."""
     wanted = ngram_hashes(rows.input_ids)
     if not wanted.size:
         return np.zeros(len(rows.input_ids))
     distinct = np.unique(wanted)
-    found = np.zeros(len(distinct), dtype=bool)
+    found = np.zeros(len(distinct), dtype=np.int64)
     for document in data.documents(rows.domain, split):
         hashes = ngram_hashes(document)
         places = np.searchsorted(distinct, hashes).clip(max=len(distinct) - 1)
-        found[places[distinct[places] == hashes]] = True
-    return found[np.searchsorted(distinct, wanted)].mean(-1)
+        found[np.unique(places[distinct[places] == hashes])] += 1
+    return (found >= documents)[np.searchsorted(distinct, wanted)].mean(-1)
 
 
 def distinct_from_train(data: ProcessedData, rows: Rows, most: float) -> np.ndarray:
-    """Rows (R,) bool of whose 13-grams at most this share stand in the domain's train split."""
-    return overlap(data, rows) <= most
+    """Rows (R,) bool of whose 13-grams at most this share stand in the domain's train split: of a
+    train row, in another document of it."""
+    return overlap(data, rows, documents=1 + (rows.split == "train")) <= most

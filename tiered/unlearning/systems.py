@@ -82,7 +82,7 @@ class Context:
         return trained_rows(self.config, self.data, self.partitions, domain)
 
     def members(self, forget: Forget, count: int) -> Rows:
-        """M_f: trained rows of the forget set, those repeated most first, at most `count` (0: all)."""
+        """M_f: at most `count` trained rows of the forget set (0: all), most repeated first."""
         chosen = self.trained(forget.domain)
         if forget.documents:
             ids = self.data.document_ids(forget.domain, "train")

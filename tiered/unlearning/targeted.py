@@ -45,7 +45,9 @@ def rmu(model: nn.Module, task: Task) -> dict[str, Any]:
     unit = torch.from_numpy(direction / np.linalg.norm(direction)).float().to(model.device)
     model.requires_grad_(False)
     for layer in layers[max(0, depth - RMU_LAYERS) : depth]:
-        (layer.moe if hasattr(layer, "moe") else layer.mlp).requires_grad_(True)
+        block = layer.moe if hasattr(layer, "moe") else layer.mlp
+        for name, parameter in block.named_parameters():
+            parameter.requires_grad_(name != "gate.weight")  # a Mixtral's router
 
     def loss(m: nn.Module, forget: torch.Tensor, retain: torch.Tensor, _: float) -> torch.Tensor:
         with torch.no_grad():
