@@ -3,12 +3,14 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.conftest import TINY_EXPERIMENTS, run_stages
+from tests.conftest import ROOT, TINY_EXPERIMENTS, run_stages
 from tiered import report_unlearning
 from tiered.config import Config
 from tiered.report import build
@@ -114,3 +116,22 @@ def test_means_leave_words_out():
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(UserError, match="not a run folder"):
         load_run(tmp_path)
+
+
+def test_tables_of_the_results_page_are_the_stored_numbers(rich):
+    command = [sys.executable, str(ROOT / "scripts/unlearning_tables.py")]
+    done = subprocess.run(
+        [*command, "runs/n1", "runs/n2"], cwd=rich, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| GA")]
+    for line, n in zip(lines, ("n1", "n2"), strict=True):
+        known = load_run(rich / "runs" / n).measured("hi")
+        assert line[1] == f"{point(known['GA']['UA_norm']):.2f}" or np.isnan(
+            point(known["GA"]["UA_norm"])
+        )
+        assert line[2] == f"{point(known['GA']['gap_to_gold']):.3f}"
+        assert line[3] == f"{point(known['GA']['bpb']['test']):.2f}"
+    assert "gold, 1 other seeds" in done.stdout and "selectivity" in done.stdout
+    missing = subprocess.run([*command, "runs"], cwd=rich, capture_output=True, text=True)
+    assert missing.returncode == 1 and "not a run folder" in missing.stderr
