@@ -9,9 +9,12 @@ import torch
 
 from tests.test_gradient import HI, context_of, tiny_llama
 from tests.test_targeted import tiny_monet
+from tiered import scoring
 from tiered.router import load_models, load_router, tiered_model
+from tiered.store import content_hash
 from tiered.unlearning import robustness
-from tiered.unlearning.protocol import Scorer
+from tiered.unlearning.protocol import Scorer, scored_rows
+from tiered.unlearning.systems import Forget
 
 
 def test_rounding_by_hand():
@@ -121,18 +124,32 @@ def test_what_is_not_allowed_is_not_relearnt(run):
     assert curve["models"] == [1]
 
 
-def test_a_rounded_system_is_scored_and_the_system_stays(run):
-    model = system(run)
+def test_a_rounded_system_is_scored_once_and_the_system_stays(run, monkeypatch):
+    model, hashes = system(run), {k: content_hash(path) for k, path in run.models.items()}
     rows = {("test", "de"): run.data.rows("de", "test", 4)}
     before = {n: v.clone() for n, v in model.state_dict().items()}
     plain = Scorer(run, model, None, None).rows(rows["test", "de"], False).mean_loss
     losses = {
-        b: robustness.rounded_scores(run, rows, model, None, b)["test", "de"].mean_loss
+        b: robustness.rounded_scores(run, rows, model, hashes, None, b)["test", "de"].mean_loss
         for b in (4, 8, 16)
     }
     gaps = [np.abs(losses[b] - plain).max() for b in (16, 8, 4)]
     assert gaps[0] < 1e-3 and gaps[0] < gaps[1] < gaps[2]
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+    monkeypatch.setattr(scoring, "score_prefixes", None)  # systems share models: from the store
+    again = robustness.rounded_scores(run, rows, model, hashes, None, 4)["test", "de"]
+    assert np.array_equal(again.mean_loss, losses[4])
+
+
+def test_rounding_is_read_on_members_holdout_and_what_is_retained(run, tmp_path):
+    scored = scored_rows(run, HI)
+    found = set(robustness.rounded_rows(run, HI, scored))
+    assert found == {("forget", "hi"), ("holdout", "hi")} | {
+        ("test", d) for d in ("si", "de", "en")
+    }
+    names = run.members(HI, 2).document_ids
+    two = Forget("two", "hi", frozenset(names), "")
+    assert ("test", "hi") in robustness.rounded_rows(run, two, scored)
 
 
 def test_the_bench_measures_what_returns(tiny, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tiered.branching import has_own_seed, outside_folder, seed_domains
-from tiered.config import CANARY, Config, plain
+from tiered.config import Config, plain
 from tiered.data import ProcessedData, listed_documents
 from tiered.evaluation import read_rows, rows_table, write_rows
 from tiered.metrics import UNDEFINED
@@ -49,6 +49,7 @@ from tiered.unlearning.robustness import (
     ROUNDING_BITS,
     relearn_curve,
     relearn_rows,
+    rounded_rows,
     rounded_scores,
 )
 from tiered.unlearning.systems import (
@@ -360,7 +361,7 @@ class Bench:
                 ),
             }
         )
-        rows = {k: r for k, r in self.scored.items() if k[0] != CANARY}
+        rows = rounded_rows(context, forget, self.scored)
         files = {r: folder / f"rows_{r}.parquet" for r in section.robustness if r in ROUNDING_BITS}
         path = folder / "robustness.json"
         if path.is_file() and not context.config.overwrite and read_json(path)["key"] == key:
@@ -368,10 +369,11 @@ class Bench:
             return rounded, read_json(path)["relearn"]
         self._say(f"{name}: robustness")
         path.unlink(missing_ok=True)
-        model, _ = load_system(context, folder / "system")
+        model, hashes = load_system(context, folder / "system")
         allowed, rounded, curve = self.outcomes[name].allowed, {}, {}
         for rounding, file in files.items():
-            scores = rounded_scores(context, rows, model, allowed, ROUNDING_BITS[rounding])
+            bits = ROUNDING_BITS[rounding]
+            scores = rounded_scores(context, rows, model, hashes, allowed, bits)
             write_rows(file, rows_table(scores.values()))
             rounded[rounding] = scores
         several = min(len(r.document_ids) for r in relearn_rows(context, forget))

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from tiered.data import Rows
-from tiered.evaluation import RowScores
+from tiered.evaluation import score_cache
 from tiered.modeling_tiered import TieredForCausalLM
-from tiered.store import seed_of
+from tiered.store import code_hash, digest, seed_of
 from tiered.unlearning.gradient import cycled, nll
-from tiered.unlearning.protocol import Scorer
+from tiered.unlearning.protocol import ATTACKED, ScoredRows, Scorer, Scores
 from tiered.unlearning.systems import Context, Forget
 
 ROUNDING_BITS = {"int8": 8, "int4": 4}
@@ -123,16 +123,32 @@ def round_weights(model: torch.nn.Module, bits: int) -> None:
         weights.copy_((weights / scale).round().clamp(-most, most) * scale)
 
 
+def rounded_rows(context: Context, forget: Forget, scored: ScoredRows) -> ScoredRows:
+    """Of the scored rows those that tell what rounding brings back, and what it costs."""
+    retained = context.retained(forget)
+    return {
+        (split, domain): rows
+        for (split, domain), rows in scored.items()
+        if split in ATTACKED or (split == "test" and domain in retained)
+    }
+
+
 def rounded_scores(
     context: Context,
-    rows: dict[tuple[str, str], Rows],
+    rows: ScoredRows,
     model: TieredForCausalLM,
+    hashes: dict[int, str],
     allowed: list[int] | None,
     bits: int,
-) -> dict[tuple[str, str], RowScores]:
-    """Row scores of a system whose partition models are rounded; the system itself stays."""
+) -> Scores:
+    """Row scores of a system whose partition models are rounded; the system itself stays.
+
+    hashes: what each model is. Systems share most of their models: each is scored once.
+    """
     rounded = copy.deepcopy(model)
     for own in rounded.partitions.values():
         round_weights(own, bits)
-    scorer = Scorer(context, rounded, None, allowed)
+    code = code_hash("tiered/unlearning/robustness.py")
+    cache = score_cache(context.config, {k: digest([h, bits, code]) for k, h in hashes.items()})
+    scorer = Scorer(context, rounded, cache, allowed)
     return {key: scorer.rows(found, attacked=False) for key, found in rows.items()}

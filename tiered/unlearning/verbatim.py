@@ -6,6 +6,8 @@ from transformers import PreTrainedModel
 
 from tiered.metrics import token_lcs
 
+LEAST_ROWS = 64  # written on at once: a step for one token a row costs about the same for few
+
 
 @torch.inference_mode()
 def verbatim_overlap(
@@ -25,7 +27,7 @@ def verbatim_overlap(
     wanted = ids.shape[1] - given
     routing = {} if allowed is None else {"allowed_partitions": allowed}
     found = []
-    for batch in ids.split(batch_rows):
+    for batch in ids.split(max(batch_rows, LEAST_ROWS)):
         prompt = batch[:, :given].to(model.device)
         written = model.generate(
             prompt,
