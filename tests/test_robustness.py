@@ -12,7 +12,7 @@ from tests.test_targeted import tiny_monet
 from tiered import scoring
 from tiered.router import load_models, load_router, tiered_model
 from tiered.store import content_hash
-from tiered.unlearning import robustness
+from tiered.unlearning import benchmark, robustness
 from tiered.unlearning.protocol import Scorer, scored_rows
 from tiered.unlearning.systems import Forget
 
@@ -160,11 +160,24 @@ def test_the_bench_measures_what_returns(tiny, tmp_path, monkeypatch):
 
     shutil.copytree(tiny, tmp_path / "tiny")
     monkeypatch.chdir(tmp_path / "tiny")
-    wanted = {"operations": ("original", "gold", "delete-S1"), "relearn_steps": 2}
+    wanted = {"operations": ("original", "gold", "delete-S1", "sisa"), "relearn_steps": 2}
     context = context_of("n2", robustness=("relearn", "int4"), relearn_share=0.25)
     section = dataclasses.replace(context.config.unlearn, **wanted)
     config = dataclasses.replace(context.config, unlearn=section)
+    calls = {"measure": 0, "relearn_curve": 0}
+    for name in calls:
+        found = getattr(benchmark, name)
+
+        def counted(*arguments, name=name, found=found):
+            calls[name] += 1
+            return found(*arguments)
+
+        monkeypatch.setattr(benchmark, name, counted)
+    shutil.rmtree("runs/n2/unlearn")
     results = Bench(dataclasses.replace(context, config=config), HI).run()
+    assert calls == {"measure": 3, "relearn_curve": 3}  # sisa makes gold: the same system
+    same = ("UA", "AUC", "to_gold", "robustness", "system")
+    assert all(results["sisa"][key] == results["gold"][key] for key in same)
     gold = results["gold"]["robustness"]
     nothing = {"value": 0.0, "low": 0.0, "high": 0.0, "standard_error": 0.0}
     assert gold["relearn"]["advantage_bpb"] == nothing
