@@ -1,0 +1,1 @@
+"""Systems beside the tiered one, each a difference at a seam: model, routing or mixing."""
