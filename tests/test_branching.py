@@ -13,12 +13,11 @@ from tests.conftest import run_stages
 from tiered import branching
 from tiered.config import Config, ModelConfig, TrainingConfig, load
 from tiered.data import ProcessedData
+from tiered.fitting import Fit, OrderedBlocks, fit
 from tiered.methods import MODELS
 from tiered.partition import make_partition_map
 from tiered.store import UserError, read_json
 from tiered.training import (
-    Fit,
-    fit,
     partition_blocks,
     seed_inputs,
     trained_rows,
@@ -139,8 +138,9 @@ def test_dropout_goes_on_where_a_killed_run_stopped(tmp_path, monkeypatch):
         return model
 
     def train(name: str, **options) -> bytes:
-        job = Fit(tmp_path / name, name, 0, training_arguments(config, 1.0), 1.0)
-        fit(config, job, lambda: make(**options), blocks, lambda model, path: {})
+        job = Fit(tmp_path / name, name, 0, training_arguments(config, 1.0))
+        ordered = OrderedBlocks(blocks, 1.0, 0)
+        fit(config, job, lambda: make(**options), ordered, lambda model, path: {})
         return (job.folder / "model.safetensors").read_bytes()
 
     whole = train("whole")
@@ -150,7 +150,7 @@ def test_dropout_goes_on_where_a_killed_run_stopped(tmp_path, monkeypatch):
             if state.global_step == 7:
                 raise KeyboardInterrupt
 
-        patch.setattr("tiered.training.LossGuard.on_log", stop)
+        patch.setattr("tiered.fitting.LossGuard.on_log", stop)
         with pytest.raises(KeyboardInterrupt):
             train("killed")
     assert train("killed") == whole

@@ -11,10 +11,11 @@ from transformers import get_cosine_schedule_with_warmup
 from modeling_monet import MonetConfig, MonetForCausalLM
 from tiered import checkpoint
 from tiered.config import Config, DataConfig, PartitionConfig, TrainingConfig
+from tiered.fitting import Fit, OrderedBlocks, fit
 from tiered.partition import make_partition_map
 from tiered.record import device_of, environment
 from tiered.store import UserError
-from tiered.training import Fit, OrderedBlocks, batch_rows, fit, training_arguments
+from tiered.training import batch_rows, training_arguments
 
 BLOCKS = np.arange(40).reshape(10, 4)
 
@@ -151,9 +152,10 @@ def test_the_number_of_processes_is_part_of_an_address(monkeypatch):
 
 def test_an_unknown_tracker_is_one_line(tmp_path):
     made = Config(name="x", device="cpu", training=TrainingConfig(report_to=("foo",)))
-    job = Fit(tmp_path / "m", "x", 0, training_arguments(made, 1.0), 1.0)
+    job = Fit(tmp_path / "m", "x", 0, training_arguments(made, 1.0))
     with pytest.raises(UserError, match="training: foo is not supported"):
-        fit(made, job, lambda: torch.nn.Linear(2, 2), BLOCKS, lambda model, path: {})
+        ordered = OrderedBlocks(BLOCKS, 1.0, 0)
+        fit(made, job, lambda: torch.nn.Linear(2, 2), ordered, lambda model, path: {})
 
 
 def test_trackers_get_one_run_per_model_and_keep_it(tmp_path, monkeypatch):
@@ -172,9 +174,9 @@ def test_trackers_get_one_run_per_model_and_keep_it(tmp_path, monkeypatch):
         made = Config(name="x", device="cpu", threads=1, training=section)
         for k in (0, 1):
             arguments = training_arguments(made, 1.0)
-            job = Fit(tmp_path / f"{len(report_to)}{k}", f"x partition {k} [hi]", k, arguments, 2.0)
+            job = Fit(tmp_path / f"{len(report_to)}{k}", f"x partition {k} [hi]", k, arguments)
             build = lambda: MonetForCausalLM(MonetConfig(**sizes))  # noqa: E731
-            fit(made, job, build, BLOCKS, lambda model, path: {})
+            fit(made, job, build, OrderedBlocks(BLOCKS, 2.0, k), lambda model, path: {})
             weights.append((job.folder / "model.safetensors").read_bytes())
     assert weights[:2] == weights[2:]
     assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 2

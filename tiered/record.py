@@ -24,8 +24,8 @@ from tiered.store import TIMINGS, UserError, code_hash, read_json, write_json, w
 # What decides a trained model besides its config and data; what scores it.
 TRAINING_CODE = (
     "modeling_monet.py",
-    *(f"tiered/{name}.py" for name in ("branching", "data", "methods", "modeling_tiered")),
-    *(f"tiered/{name}.py" for name in ("partition", "router", "training")),
+    *(f"tiered/{name}.py" for name in ("branching", "data", "fitting", "methods")),
+    *(f"tiered/{name}.py" for name in ("modeling_tiered", "partition", "router", "training")),
 )
 SCORING_CODE = tuple(
     f"tiered/{name}.py"

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from tiered.clusters import document_vectors, fit_tfidf, fitted_documents, write_clusters
 from tiered.config import CANARY, SPLITS, Config, plain
 from tiered.data import ProcessedData
+from tiered.fitting import Fit, OrderedBlocks, fit
 from tiered.modeling_tiered import (
     Level1Config,
     Level1Embedder,
@@ -42,7 +43,7 @@ from tiered.store import (
     verify,
     write_json,
 )
-from tiered.training import Fit, check_models, fit
+from tiered.training import check_models
 from tiered.workers import Call
 
 
@@ -176,11 +177,11 @@ def train_embedder(config: Config, data: ProcessedData) -> Path | None:
             "warmup_steps": 0.05,
             "logging_steps": config.training.logging_steps,
         },
-        epochs=config.router.num_train_epochs,
         record={"domains": domains},
     )
     model_config = level1_config(config, data)
-    fit(config, job, lambda: Level1Embedder(model_config), blocks, lambda model, path: {})
+    ordered = OrderedBlocks(blocks, config.router.num_train_epochs, job.seed)
+    fit(config, job, lambda: Level1Embedder(model_config), ordered, lambda model, path: {})
     return folder
 
 

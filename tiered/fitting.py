@@ -1,0 +1,326 @@
+"""One training job: the Hugging Face Trainer with exact resume, atomic and hashed checkpoints.
+
+What is trained in which order is the caller's: a dataset in training order, a seed, a folder.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from tiered import checkpoint
+from tiered.config import Config
+from tiered.data import position_ids
+from tiered.record import device_of, is_main_process, peak_memory_bytes
+from tiered.store import TIMINGS, UserError, atomic_folder, read_json, write_json
+from tiered.workers import in_worker
+
+
+class OrderedBlocks(torch.utils.data.Dataset):
+    """Blocks (rows, T) in training order: one seeded permutation per pass over them."""
+
+    def __init__(
+        self, blocks: np.ndarray, epochs: float, seed: int, separator: int | None = None
+    ) -> None:
+        total = max(1, round(epochs * len(blocks)))
+        passes = math.ceil(total / len(blocks))
+        order = [np.random.default_rng([seed, i]).permutation(len(blocks)) for i in range(passes)]
+        self.order = np.concatenate(order)[:total]
+        self.blocks = blocks
+        self.separator = separator
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = np.asarray(self.blocks[self.order[index]], dtype=np.int64)
+        labels = ids.copy()
+        item = {"input_ids": torch.from_numpy(ids)}
+        if self.separator is not None:
+            positions = position_ids(ids[None], self.separator)[0]
+            # the first token of a document has no context of its own: it is not predicted.
+            labels[positions == 0] = -100
+            item["position_ids"] = torch.from_numpy(positions.astype(np.int64))
+        return {**item, "labels": torch.from_numpy(labels)}
+
+
+class ProgressBar(TrainerCallback):
+    """One bar per model, in optimizer steps, on the main process and on a terminal only."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.label,
+            unit="step",
+            disable=None if state.is_world_process_zero and not in_worker() else True,
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+class LossGuard(TrainerCallback):
+    """Logs the last step too; raises UserError where the loss is no longer a number."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= state.global_step == state.max_steps
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"{self.label}: the training loss is {loss} at step {state.global_step}; nothing"
+                " was published (lower the learning rate?)"
+            )
+
+
+class LossRestorer(TrainerCallback):
+    """After a resume, put back the loss summed since the last log line: logs stay identical."""
+
+    def __init__(self, values: dict[str, float]) -> None:
+        self.values = values
+        self.trainer: ResumableTrainer | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        trainer._tr_loss += self.values["running"]
+        trainer._total_loss_scalar = self.values["total"]
+        trainer._globalstep_last_logged = int(self.values["last_logged_step"])
+
+
+class ResumableTrainer(Trainer):
+    """Trainer whose checkpoints are atomic, hashed and free of pickle."""
+
+    checkpoints: Path
+    seconds_before: float = 0.0
+
+    def loss_accumulator(self) -> dict[str, float]:
+        """The running loss that the Trainer itself forgets in a checkpoint."""
+        return {
+            "running": self._tr_loss.item(),
+            "total": self._total_loss_scalar,
+            "last_logged_step": self._globalstep_last_logged,
+        }
+
+    def unite_ranks(self) -> None:
+        """Give every rank what the others alone know; before anything is saved."""
+        average_statistics(self.model)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.unite_ranks()
+        if not self.args.should_save:
+            return
+        folder = self.checkpoints / f"checkpoint-{self.state.global_step:08d}"
+        seconds = self.seconds_before + time.perf_counter() - self.begin
+        checkpoint.save(folder, self, seconds)
+        checkpoint.prune(self.checkpoints)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        checkpoint.load_weights(Path(resume_from_checkpoint), model or self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder) -> None:
+        if checkpoint_folder is not None:
+            checkpoint.load_optimizer(Path(checkpoint_folder), self)
+
+    def _load_rng_state(self, checkpoint_folder) -> None:
+        if checkpoint_folder is not None:
+            checkpoint.load_random_state(Path(checkpoint_folder))
+
+
+@torch.no_grad()
+def average_statistics(model: torch.nn.Module) -> None:
+    """Average running statistics over ranks: each has seen its own rows; weights are equal."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for name, buffer in model.named_buffers():
+        if name in model.state_dict() and buffer.is_floating_point():
+            torch.distributed.all_reduce(buffer)
+            buffer /= torch.distributed.get_world_size()
+
+
+@dataclass
+class Fit:
+    """One training job: where it is kept, from which seed, with which arguments."""
+
+    folder: Path
+    label: str
+    seed: int
+    arguments: dict[str, Any]
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Resume state; removed when the model is published."""
+        return self.folder.parent / ".checkpoints" / self.folder.name
+
+
+def fit(
+    config: Config,
+    job: Fit,
+    make_model: Callable[[], PreTrainedModel],
+    blocks: OrderedBlocks,
+    finish: Callable[[PreTrainedModel, Path], dict[str, Any]],
+    trainer_class: type[ResumableTrainer] | None = None,
+) -> None:
+    """Train a model from scratch (or from its newest checkpoint) and publish it in job.folder.
+
+    `finish` writes what else belongs into the folder and returns entries of its record.json.
+    """
+    torch.manual_seed(job.seed)
+    model = make_model()
+    trainer = _make_trainer(config, job, model, blocks, trainer_class or ResumableTrainer)
+    resume = checkpoint.newest(job.checkpoints)
+    if resume is not None:
+        print(f"{job.label}: resuming from step {int(resume.name.split('-')[1])}")
+        trainer.seconds_before = read_json(resume / TIMINGS)["seconds"]
+        restorer = LossRestorer(read_json(resume / "loss_accumulator.json"))
+        restorer.trainer = trainer
+        trainer.add_callback(restorer)
+    trainer.begin = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    seconds = trainer.seconds_before + time.perf_counter() - trainer.begin
+    _finish_trackers(config)
+    trainer.unite_ranks()
+    if trainer.args.should_save:
+        _publish(job, trainer, finish, seconds)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # no rank goes on before the model stands
+
+
+def _publish(
+    job: Fit,
+    trainer: ResumableTrainer,
+    finish: Callable[[PreTrainedModel, Path], dict[str, Any]],
+    seconds: float,
+) -> None:
+    """Write the trained model, its log and its record to job.folder; drop the checkpoints."""
+    model = trainer.model.to("cpu").eval()
+    for name, weights in model.named_parameters():
+        if not weights.isfinite().all():
+            raise UserError(f"{job.label}: {name} is not finite after training; nothing published")
+    with atomic_folder(job.folder) as path:
+        model.save_pretrained(path)
+        losses = [e for e in trainer.state.log_history if "loss" in e]
+        (path / "metrics.jsonl").write_text(
+            "".join(json.dumps(e, sort_keys=True) + "\n" for e in losses)
+        )
+        record = {
+            **job.record,
+            "optimizer_steps": trainer.state.global_step,
+            "tokens": int(len(trainer.train_dataset) * trainer.train_dataset.blocks.shape[1]),
+            "final_training_loss_nats": losses[-1]["loss"] if losses else None,
+            **finish(model, path),
+        }
+        write_json(path / "record.json", record)
+        timings = {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
+        write_json(path / TIMINGS, timings)
+    shutil.rmtree(job.checkpoints, ignore_errors=True)
+
+
+def _make_trainer(
+    config: Config,
+    job: Fit,
+    model: PreTrainedModel,
+    blocks: OrderedBlocks,
+    trainer_class: type[ResumableTrainer],
+) -> ResumableTrainer:
+    save_steps, cuda = config.training.save_steps, device_of(config).type == "cuda"
+    trackers, callbacks = _trackers(config, job)
+    arguments = {
+        "save_strategy": "steps" if save_steps else "no",
+        "save_steps": save_steps or 500,
+        "report_to": trackers or "none",
+        "ddp_broadcast_buffers": False,
+        "dataloader_pin_memory": cuda,
+        # the one place that chooses a precision: float32 on a CPU, whose bfloat16 is far slower;
+        # router and loss stay in float32 under autocast
+        "bf16": cuda,
+        "logging_nan_inf_filter": False,  # it would log a diverged model's loss as 0
+        **job.arguments,
+    }
+    try:
+        training_arguments = TrainingArguments(
+            output_dir=str(job.checkpoints),
+            run_name=f"{config.name}-{job.label}",
+            seed=job.seed,
+            use_cpu=not cuda,
+            num_train_epochs=1,  # OrderedBlocks spells the passes out
+            train_sampling_strategy="sequential",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            **arguments,
+        )
+        if training_arguments.fp16:
+            raise ValueError("fp16: not supported (its loss scaler is not resumed); use bf16")
+        # one process drives one GPU (more of them: torchrun); DataParallel would multiply the batch
+        training_arguments._n_gpu = min(1, training_arguments.n_gpu)
+        trainer = trainer_class(
+            model=model,
+            args=training_arguments,
+            train_dataset=blocks,
+            callbacks=[ProgressBar(job.label), LossGuard(job.label), *callbacks],
+        )
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"training: {text[:300]}") from None
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.checkpoints = job.checkpoints
+    return trainer
+
+
+def _trackers(config: Config, job: Fit) -> tuple[list[str], list[TrainerCallback]]:
+    """Trackers that the Trainer sets up by name, and those made here: one run per model.
+
+    wandb without a key records offline (`wandb sync` later) instead of asking. TensorBoard's logs
+    stand in the run folder: the Trainer would write them beside the checkpoints, which go.
+    """
+    names, callbacks = list(config.training.report_to), []
+    if "wandb" in names:
+        os.environ.setdefault("WANDB_PROJECT", "tiered-routing")
+        if not os.environ.get("WANDB_API_KEY"):
+            os.environ.setdefault("WANDB_MODE", "offline")
+    if "tensorboard" in names:
+        from torch.utils.tensorboard import SummaryWriter  # a second to import
+        from transformers.integrations import TensorBoardCallback
+
+        names.remove("tensorboard")
+        folder = config.run_dir / "tensorboard" / "-".join(re.findall(r"[\w.]+", job.label))
+        if is_main_process():
+            callbacks.append(TensorBoardCallback(SummaryWriter(str(folder))))
+    return names, callbacks
+
+
+def _finish_trackers(config: Config) -> None:
+    if "wandb" in config.training.report_to:
+        import wandb  # the next model of this process gets a run of its own
+
+        wandb.finish()
