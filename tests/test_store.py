@@ -1,6 +1,7 @@
 """Atomic artefacts: complete or absent, damaged ones noticed, old content kept on failure."""
 
 import os
+import time
 
 import pytest
 
@@ -65,6 +66,26 @@ def test_verify_names_the_changed_missing_or_extra_file(tmp_path):
     (folder / "b.txt").write_text("")
     with pytest.raises(UserError, match=r"b\.txt: not in the hash list"):
         verify(folder)
+
+
+def test_a_file_is_hashed_once_while_it_stays_and_anew_when_it_changed(tmp_path, monkeypatch):
+    path, link = tmp_path / "a", tmp_path / "b"
+    path.write_text("one")
+    os.link(path, link)
+    old = store.file_hash(path)
+    reads = []
+    digest_of = store.hashlib.file_digest
+    monkeypatch.setattr(store.hashlib, "file_digest", lambda *a: reads.append(a) or digest_of(*a))
+    assert (store.file_hash(path), len(reads)) == (old, 1)  # young: not remembered
+    monkeypatch.setattr(store, "_SETTLED", -1.0)
+    assert [store.file_hash(path) for _ in range(3)] == [old] * 3 and len(reads) == 2
+    assert (store.file_hash(link), len(reads)) == (old, 2)  # the same file by another name
+    # the same size and the same modification time: the time of change still tells
+    times = path.stat()
+    time.sleep(0.02)
+    path.write_text("two")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert store.file_hash(path) == store.file_hash(link) != old and len(reads) == 3
 
 
 def test_content_hash_depends_on_content_alone(tmp_path):

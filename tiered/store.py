@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,10 +60,25 @@ def code_hash(*names: str) -> str:
     return digest(trees)
 
 
+_file_hashes: dict[tuple[int, ...], str] = {}
+_SETTLED = 2.0  # seconds: a file written later than this before its hash is hashed again
+
+
 def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes."""
+    """sha256 of a file's bytes; read once in a process while inode, size and times stay the same.
+
+    Most artefacts are hard links to few files, each verified through many names. The times of a
+    file just written cannot tell a second write in the same clock tick: its hash is not kept.
+    """
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        now, state = time.time(), os.fstat(file.fileno())
+        key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        if key in _file_hashes:
+            return _file_hashes[key]
+        value = hashlib.file_digest(file, "sha256").hexdigest()
+    if now - max(state.st_mtime, state.st_ctime) > _SETTLED:
+        _file_hashes[key] = value
+    return value
 
 
 def read_json(path: Path) -> Any:
