@@ -73,7 +73,9 @@ def main(config: Config) -> None:
             )
     for label, figures in result.get("mixtures", {}).get("macro", {}).items():
         if isinstance(figures, dict):
-            print(f"{config.name} mixture {label}: {figures['bpb']:.3f} bits per byte")
+            novel = result["mixtures"].get("novel_macro", {}).get(label)
+            apart = f", {novel['bpb']:.3f} on novel domains" if isinstance(novel, dict) else ""
+            print(f"{config.name} mixture {label}: {figures['bpb']:.3f} bits per byte{apart}")
     print(f"{config.name} routing accuracy: {result['routing']['sample_accuracy']}")
 
 

@@ -29,7 +29,7 @@ def main(config: Config) -> None:
     manifest = processing.write_manifest(config, tokenizer)
     # 6. what came out
     print(processing.summary(config, manifest))
-    print(f"\n{folder}: {len(made)} domains made, {len(config.present_domains)} present")
+    print(f"\n{folder}: {len(made)} domains made, {len(config.processed_domains)} present")
 
 
 if __name__ == "__main__":

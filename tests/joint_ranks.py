@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from tiered.baselines.modeling_demix import DemixConfig, DemixForCausalLM
+from tiered.blocks import training_arguments
 from tiered.config import Config, TrainingConfig
 from tiered.fitting import Fit, LossGuard, fit
-from tiered.joint import BalancedBlocks, JointTrainer
-from tiered.training import training_arguments
+from tiered.joint import JointTrainer, LabelledBlocks
 
 ROWS, T, V = 48, 12, 50
 
@@ -37,7 +37,7 @@ def train(folder: Path, micro_rows: int, accumulation: int, stop: int = 0) -> No
     shape |= {"num_attention_heads": 2, "pad_token_id": 0, "vocab_size": V}
     made = DemixConfig(domain_experts=[0, 1, 2, 3], **shape)
     job = Fit(folder / "model", "joint", 0, training_arguments(config, 1.0))
-    data = BalancedBlocks(blocks, partition, 2, 1.0, 0)
+    data = LabelledBlocks(blocks, partition, 2, 1.0, 0)
 
     def kill(self, args, state, control, **kwargs):
         if state.global_step == stop:

@@ -11,18 +11,14 @@ import torch
 
 from tests.conftest import run_stages
 from tiered import branching
+from tiered.blocks import partition_blocks, trained_rows, training_arguments
 from tiered.config import Config, ModelConfig, TrainingConfig, load
 from tiered.data import ProcessedData
 from tiered.fitting import Fit, OrderedBlocks, fit
 from tiered.methods import MODELS
 from tiered.partition import make_partition_map
 from tiered.store import UserError, read_json
-from tiered.training import (
-    partition_blocks,
-    seed_inputs,
-    trained_rows,
-    training_arguments,
-)
+from tiered.training import seed_inputs
 
 DATA = types.SimpleNamespace(vocab_size=40, pad_id=0, separator_id=1)
 IDS = torch.randint(2, 40, (3, 12), generator=torch.Generator().manual_seed(0))

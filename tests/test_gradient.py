@@ -176,7 +176,7 @@ def test_a_method_is_a_function_of_its_inputs(run):
 
 def test_blocks_are_those_of_the_partition(run):
     """n = 2 by family: hi and si are one partition; all their blocks are one side or the other."""
-    from tiered.training import partition_blocks
+    from tiered.blocks import partition_blocks
 
     forget, retain = gradient.forget_and_retain_blocks(run, HI, 0)
     whole, counts = partition_blocks(run.config, run.data, run.partitions, 0)

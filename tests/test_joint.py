@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tests import joint_ranks
 from tests.conftest import ROOT
 from tests.test_distributed import torchrun
-from tiered.joint import BalancedBlocks, holders, micro_batch_rows
+from tiered.joint import BalancedBlocks, LabelledBlocks, holders, micro_batch_rows
 from tiered.store import UserError
 
 BLOCKS = np.arange(80).reshape(20, 4)
@@ -18,7 +18,7 @@ PARTITION = np.array([0] * 8 + [2] * 8 + [5] * 4)
 
 
 def test_every_step_has_as_many_rows_of_every_partition_in_order():
-    data = BalancedBlocks(BLOCKS, PARTITION, 2, 1.0, 7)
+    data = LabelledBlocks(BLOCKS, PARTITION, 2, 1.0, 7)
     assert len(data) == 18  # 20 rows are 3.33 steps of six
     labels = PARTITION[data.order].reshape(3, 6)
     assert (labels == [0, 0, 2, 2, 5, 5]).all()

@@ -40,11 +40,11 @@ def test_every_row_is_read_by_the_llama_of_its_expert(model):
                 state[name] = value.clone()
             elif after.startswith(f"{k}."):
                 state[f"{before}.{after.split('.', 1)[1]}"] = value.clone()
-        llama = LlamaForCausalLM(model.dense(k).config)
+        llama = LlamaForCausalLM(model.part(k).config)
         llama.load_state_dict(state)
         own = k == ROWS
         torch.testing.assert_close(llama.eval()(IDS[own]).logits, found[own], rtol=0, atol=1e-5)
-        dense = model.dense(k)
+        dense = model.part(k)
         assert dense.lm_head.weight is model.lm_head.weight
         assert torch.equal(dense(IDS).logits, llama(IDS).logits)
 
@@ -62,20 +62,20 @@ def test_experts_get_gradient_from_rows_of_their_own_domain_alone(model):
     model.train()
     chosen = torch.tensor([0, 1, 1, 0, 0])
     model(IDS, domain_ids=chosen, labels=IDS).loss.backward()
-    assert all(p.grad is None for p in model.expert_parameters(3))
+    assert all(p.grad is None for p in model.part_parameters(3))
     # the gradient of expert 1 is that of its rows: two of five of the mean loss
-    whole = [p.grad.clone() for p in model.expert_parameters(1)]
+    whole = [p.grad.clone() for p in model.part_parameters(1)]
     model.zero_grad()
     own = chosen == 1
     model(IDS[own], domain_ids=chosen[own], labels=IDS[own]).loss.backward()
-    for both, alone in zip(whole, model.expert_parameters(1), strict=True):
+    for both, alone in zip(whole, model.part_parameters(1), strict=True):
         torch.testing.assert_close(both, alone.grad * 2 / 5, rtol=1e-4, atol=1e-6)
 
 
 def test_mixing_is_of_probabilities(model):
     weights = torch.tensor([0.5, 0.2, 0.3])
     found = model(IDS, domain_weights=weights, labels=IDS)
-    probs = torch.stack([model.dense(k)(IDS).logits.softmax(-1) for k in EXPERTS])
+    probs = torch.stack([model.part(k)(IDS).logits.softmax(-1) for k in EXPERTS])
     expected = torch.einsum("k,kbtv->btv", weights, probs)
     torch.testing.assert_close(found.logits.exp(), expected, rtol=1e-4, atol=1e-7)
     nats = -expected[:, :-1].gather(-1, IDS[:, 1:, None]).log().mean()
@@ -84,7 +84,7 @@ def test_mixing_is_of_probabilities(model):
     assert torch.equal(model(IDS).logits, equal)
     # all weight on one expert is that expert
     one = model(IDS, domain_weights=torch.tensor([0.0, 1.0, 0.0])).logits
-    alone = model.dense(1)(IDS).logits.log_softmax(-1)
+    alone = model.part(1)(IDS).logits.log_softmax(-1)
     torch.testing.assert_close(one, alone, rtol=0, atol=1e-5)
     by_row = torch.eye(3)[[2, 0, 1, 0, 2]]
     rows = model(IDS, domain_weights=by_row).logits
@@ -103,10 +103,10 @@ def test_all_experts_in_one_pass_are_n_passes(model):
 
 def test_training_a_new_expert_leaves_old_domains_bit_identical(model):
     before = model(IDS, domain_ids=ROWS).logits
-    dense = {k: model.dense(k)(IDS).logits for k in EXPERTS}
+    dense = {k: model.part(k)(IDS).logits for k in EXPERTS}
     assert model.add_expert(1) == 4 and model.domain_experts == [0, 1, 3, 4]
-    assert torch.equal(model.dense(4)(IDS).logits, dense[1])  # it begins as its source
-    new = list(model.expert_parameters(4))
+    assert torch.equal(model.part(4)(IDS).logits, dense[1])  # it begins as its source
+    new = list(model.part_parameters(4))
     model.train().requires_grad_(False)
     for parameter in new:
         parameter.requires_grad_(True)
@@ -117,23 +117,23 @@ def test_training_a_new_expert_leaves_old_domains_bit_identical(model):
         optimizer.step()
     model.eval()
     assert torch.equal(model(IDS, domain_ids=ROWS).logits, before)
-    assert all(torch.equal(model.dense(k)(IDS).logits, dense[k]) for k in EXPERTS)
-    assert not torch.equal(model.dense(4)(IDS).logits, dense[1])
+    assert all(torch.equal(model.part(k)(IDS).logits, dense[k]) for k in EXPERTS)
+    assert not torch.equal(model.part(4)(IDS).logits, dense[1])
 
 
 def test_removing_an_expert_leaves_the_others(model):
-    dense = {k: model.dense(k)(IDS).logits for k in EXPERTS}
-    model.remove_expert(1)
-    model.remove_expert(1)  # again: nothing
+    dense = {k: model.part(k)(IDS).logits for k in EXPERTS}
+    model.remove_part(1)
+    model.remove_part(1)  # again: nothing
     assert model.domain_experts == [0, 3]
     assert not [name for name in model.state_dict() if ".experts.1." in name]
-    assert all(torch.equal(model.dense(k)(IDS).logits, dense[k]) for k in (0, 3))
+    assert all(torch.equal(model.part(k)(IDS).logits, dense[k]) for k in (0, 3))
     with pytest.raises(ValueError, match=r"expert 1 is not there \(present: \[0, 3\]\)"):
         model(IDS, domain_ids=ROWS)
-    model.remove_expert(0)
+    model.remove_part(0)
     assert torch.equal(model(IDS).logits, dense[3])  # the only one needs no name
     with pytest.raises(ValueError, match="last expert"):
-        model.remove_expert(3)
+        model.remove_part(3)
 
 
 def test_cached_generation_is_that_of_full_passes(model):
@@ -147,7 +147,7 @@ def test_cached_generation_is_that_of_full_passes(model):
 def test_a_checkpoint_loads_anywhere(model, tmp_path):
     """In this process, and in a fresh one outside the project, from its own code."""
     model.add_expert(0)
-    model.remove_expert(3)
+    model.remove_part(3)
     model.save_pretrained(tmp_path / "demix")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "demix")
     assert again.domain_experts == [0, 1, 4]
@@ -167,5 +167,5 @@ def test_a_checkpoint_loads_anywhere(model, tmp_path):
 
 def test_a_copy_shares_nothing(model):
     twin = copy.deepcopy(model)
-    twin.remove_expert(0)
+    twin.remove_part(0)
     assert model.domain_experts == EXPERTS

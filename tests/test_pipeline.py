@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from tests.conftest import STAGES, TINY_EXPERIMENTS, run_stages, start_stages, tiny_project
+from tiered.blocks import partition_blocks
 from tiered.config import Config, load
 from tiered.data import ProcessedData, unigram_log_probs
 from tiered.evaluation import assignments, first_position, unigram_bpb
 from tiered.partition import make_partition_map
 from tiered.runs import point
 from tiered.store import is_complete, tree_hashes
-from tiered.training import model_folder, partition_blocks
+from tiered.training import model_folder
 
 OPERATIONS = Config().unlearn.operations
 

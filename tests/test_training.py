@@ -10,12 +10,12 @@ from transformers import get_cosine_schedule_with_warmup
 
 from modeling_monet import MonetConfig, MonetForCausalLM
 from tiered import checkpoint
+from tiered.blocks import batch_rows, training_arguments
 from tiered.config import Config, DataConfig, PartitionConfig, TrainingConfig
 from tiered.fitting import Fit, OrderedBlocks, fit
 from tiered.partition import make_partition_map
 from tiered.record import device_of, environment
 from tiered.store import UserError
-from tiered.training import batch_rows, training_arguments
 
 BLOCKS = np.arange(40).reshape(10, 4)
 

@@ -27,7 +27,9 @@ from tiered.domains import CODES
 from tiered.store import UserError
 
 MAX_BASE_LEVELS = 3
-FAMILIES = ("monet", "llama", "mixtral")
+_NOVEL_TOO = ("tokenizer.train_domains", "data.tokens_per_domain")  # may name novel domains
+FAMILIES = ("monet", "llama", "mixtral", "demix", "domain_token")
+SHARED_TRUNK = ("demix", "domain_token")  # one training makes the models of all partitions
 SPLITS = ("train", "validation", "test", "router", "holdout", "calibration")
 CANARY = "canary"  # a split of rows of random tokens, where data.canaries asks for them
 OPERATIONS = (  # of unlearning, in the order of tables
@@ -96,6 +98,11 @@ class DataConfig:
         (),
         "domains that came later: a partition of its own for each, after the others; what others"
         " share (tokenizer, embedder, seed LM) is not trained on them, so nothing of it changes",
+    )
+    novel_domains: tuple[str, ...] = opt(
+        (),
+        "domains that no model is trained on: eval_det_router.py scores them beside the others"
+        " (tokenizer.train_domains may name them all the same)",
     )
     exclude_domains: tuple[str, ...] = opt(
         (), "domains whose data is left out; nothing else changes"
@@ -242,7 +249,9 @@ class ModelConfig:
 
     type: str = opt(
         "monet",
-        "model family (tiered/methods.py); llama: dense; mixtral: mixture of feed-forward experts",
+        "model family (tiered/methods.py); llama: dense; mixtral: mixture of feed-forward experts;"
+        " of one trunk that all partitions share, demix: a feed-forward expert per partition,"
+        " domain_token: a token per partition before every row",
         choices=FAMILIES,
     )
     init_from: str = opt(
@@ -276,7 +285,7 @@ class ModelConfig:
     ambiguity_loss_coef: float = opt(1e-3, "weight of the ambiguity loss", low=0)
     freeze_router: bool = opt(False, "ablation: keep the Level-2 router at its random start")
     intermediate_size: int = opt(
-        0, "llama, mixtral: feed-forward width; 0: 8/3 of hidden_size, to a multiple of 8", low=0
+        0, "all but monet: feed-forward width; 0: 8/3 of hidden_size, to a multiple of 8", low=0
     )
     num_experts: int = opt(8, "mixtral: experts per layer", low=1)
     num_experts_per_tok: int = opt(2, "mixtral: experts per token", low=1)
@@ -321,6 +330,23 @@ class TrainingConfig:
         choices=("constant_steps", "constant_batch"),
     )
     min_batch_rows: int = opt(1, "floor of the constant_steps batch, rows", low=1)
+    balanced: bool = opt(
+        False,
+        "every optimizer step holds as many rows of each domain of the partition (demix and"
+        " domain_token: always, of each partition)",
+    )
+    added_from: str = opt(
+        "",
+        "what the model of an added domain starts from; empty: what the others start from;"
+        " nearest: the partition's that the domain's validation rows make most probable (DEMix's"
+        " domain-adaptive pretraining; of a shared trunk only the partition's own part is trained)",
+        choices=("", "nearest"),
+    )
+    added_learning_rate: float = opt(
+        0.1,
+        "share of learning_rate at which a model that starts from the nearest one learns",
+        low=0,
+    )
     per_device_train_batch_size: int = opt(16, "rows per device and micro-batch at n = 1", low=1)
     gradient_accumulation_steps: int = opt(1, "micro-batches per optimizer step", low=1)
     num_train_epochs: float = opt(1.0, "passes over the partition's blocks", low=1e-6)
@@ -557,13 +583,18 @@ class Config:
 
     @property
     def all_domains(self) -> tuple[str, ...]:
-        """Configured domains, those that were added last."""
+        """Configured domains that are trained on, those that were added last."""
         return (*self.data.domains, *self.data.added_domains)
 
     @property
     def present_domains(self) -> tuple[str, ...]:
-        """Configured domains whose data is used."""
+        """Configured domains whose data is trained on."""
         return tuple(d for d in self.all_domains if d not in self.data.exclude_domains)
+
+    @property
+    def processed_domains(self) -> tuple[str, ...]:
+        """Domains whose data is used: trained on, or novel."""
+        return (*self.present_domains, *self.data.novel_domains)
 
     @property
     def num_partitions(self) -> int:
@@ -805,13 +836,12 @@ def check(config: Config) -> Config:
         raise UserError("name: an experiment needs a name (its run folder)")
     if config.name != Path(config.name).name or config.name.startswith("."):
         raise UserError(f"name: {config.name!r} must be a plain folder name")
-    for code in config.all_domains:
+    named = (*config.all_domains, *data.novel_domains)
+    for code in named:
         if code != Path(code).name or code.startswith("."):
             raise UserError(f"data.domains: {code!r} must be a plain name")
-    if len(set(config.all_domains)) != len(config.all_domains) or not data.domains:
-        raise UserError(
-            f"data.domains: names must be given, each once, found {list(config.all_domains)}"
-        )
+    if len(set(named)) != len(named) or not data.domains:
+        raise UserError(f"data.domains: names must be given, each once, found {list(named)}")
     if data.added_domains and config.partition.method in ("random", "cluster"):
         raise UserError(
             f"data.added_domains: partitions by {config.partition.method} have no domain of their"
@@ -830,11 +860,10 @@ def check(config: Config) -> Config:
     for key, names in known.items():
         if len(set(names)) != len(names):
             raise UserError(f"{key}: each name once, found {', '.join(names)}")
+        allowed = named if key in _NOVEL_TOO else config.all_domains
         for name in names:
-            if name not in config.all_domains:
-                raise UserError(
-                    f"{key}: {name!r} is not in data.domains ({', '.join(config.all_domains)})"
-                )
+            if name not in allowed:
+                raise UserError(f"{key}: {name!r} is not in data.domains ({', '.join(allowed)})")
     if not config.present_domains:
         raise UserError("data.exclude_domains: every domain is excluded")
     _check_splits(data)
@@ -883,6 +912,10 @@ def _check_training(config: Config) -> None:
         raise UserError(
             "training.split: a cluster's domains are counted in the train split; train on that"
         )
+    if config.model.type in SHARED_TRUNK:
+        _check_shared_trunk(config)
+    if section.added_from and not config.data.added_domains:
+        raise UserError("training.added_from: data.added_domains names no domain")
     if config.model.init_from == "seed":
         if seed.split == section.split and not 0 < seed.share < 1:
             raise UserError(
@@ -896,6 +929,22 @@ def _check_training(config: Config) -> None:
                 f"seed_lm.type: a {config.model.type} cannot start from a {seed.type}"
                 " (a mixtral can from a llama)"
             )
+
+
+def _check_shared_trunk(config: Config) -> None:
+    kind = config.model.type
+    if config.model.init_from:
+        raise UserError(f"model.init_from: a {kind} is trained from random weights; leave it empty")
+    if config.data.added_domains and config.training.added_from != "nearest":
+        raise UserError(
+            f"training.added_from: a {kind}'s trunk is trained, an added domain can only start from"
+            " the nearest partition's part; set it to nearest"
+        )
+    if kind == "domain_token" and config.data.separate_documents:
+        raise UserError(
+            "data.separate_documents: a domain token stands before a whole block, not before each"
+            " document of it"
+        )
 
 
 def _check_splits(data: DataConfig) -> None:

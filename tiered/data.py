@@ -29,7 +29,7 @@ from tiered.store import (
 
 # Fields that say which domains are processed, how fast, or where to; none changes a domain's data.
 UNKEYED = (
-    *("domains", "added_domains", "exclude_domains", "exclude_documents"),
+    *("domains", "added_domains", "novel_domains", "exclude_domains", "exclude_documents"),
     *("num_proc", "processed_dir", "separate_documents"),
 )
 PROCESSING_CODE = tuple(
@@ -133,7 +133,7 @@ class Rows:
 
 
 class ProcessedData:
-    """Processed data of a config's present domains.
+    """Processed data of a config's present domains, and of novel ones.
 
     Raises UserError naming the command to run if a domain is missing or incomplete; a folder that
     changed since it was written is noticed when its first split is read.
@@ -144,11 +144,12 @@ class ProcessedData:
         self.key: str = self.folder.name
         self.block_size: int = config.data.block_size
         self.domains: tuple[str, ...] = config.present_domains
+        self.novel_domains: tuple[str, ...] = config.data.novel_domains
         command = f"run `python process_dset.py CONFIG` (experiment {config.name or 'unnamed'})"
         if not (self.folder / "manifest.json").is_file():
             raise UserError(f"{self.folder}: no processed data for this config; {command}")
         self.manifest: dict[str, Any] = read_json(self.folder / "manifest.json")
-        for domain in self.domains:
+        for domain in (*self.domains, *self.novel_domains):
             if domain not in self.manifest["domains"] or not is_complete(self.folder / domain):
                 raise UserError(
                     f"{self.folder / domain}: processed data of domain {domain} is missing or"

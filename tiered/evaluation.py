@@ -26,7 +26,7 @@ from tiered.record import SCORING_CODE, environment
 from tiered.scoring import ScoreCache, TokenScores, score_prefixes, score_rows
 from tiered.store import code_hash, content_hash, digest, read_json
 
-SCHEMA = 4
+SCHEMA = 5
 MAX_UNK_SHARE = 0.01  # rows above it print `undefined`: [UNK] hides the text it replaces
 
 
@@ -117,8 +117,8 @@ def first_position(config: Config, scope: str) -> int:
 
 def oracle_of(partitions: PartitionMap, rows: Rows) -> np.ndarray | None:
     """The partition (R,) that a row's label or (cluster) its whole document stands for; None where
-    there is none: documents at random have no readable label."""
-    if partitions.method == "random":
+    there is none: documents at random have no readable label, a novel domain has no partition."""
+    if partitions.method == "random" or not partitions.touched(rows.domain):
         return None
     return partitions.assign(rows.domain, list(rows.document_ids))
 
@@ -367,7 +367,7 @@ def evaluate_mixtures(
     tables = []
     experts = {"domain": ExpertTable(), "cluster": ExpertTable()}
     stream = stream_of(config)
-    for domain in progress(data.domains, "mixtures", "domain"):
+    for domain in progress((*data.domains, *data.novel_domains), "mixtures", "domain"):
         rows = data.rows(domain, config.eval.split, config.eval.rows_per_domain)
         earlier = data.rows(domain, stream, config.eval.cached_rows)
         tokens, size = rows.input_ids.shape[1] - 1, rows.token_bytes[:, 1:].sum(1)
@@ -397,23 +397,31 @@ def evaluate_mixtures(
                     "bpb": round(bits_per_byte(float(nats.sum()), float(size.sum())), 6),
                     "perplexity": round(math.exp(nats.sum() / (tokens * len(nats))), 4),
                 }
-    macro = {}
-    for label in next(iter(domains.values())):
-        cells = [d[label] for d in domains.values() if d[label] != UNDEFINED]
-        macro[label] = UNDEFINED
-        if cells:
-            macro[label] = {
-                n: round(float(np.mean([c[n] for c in cells])), 6) for n in ("bpb", "perplexity")
-            }
     perplexity = {name: table.as_json() for name, table in experts.items()}
     perplexity["cluster"] = dict(sorted(perplexity["cluster"].items(), key=lambda c: int(c[0])))
     settings = {
         label: {"name": name, "temperature": s.temperature, "top_k": s.top_k}
         for label, (name, s) in mixture_settings(config).items()
     }
-    result = {"domains": domains, "macro": macro, "settings": settings}
+    result = {"domains": domains, "settings": settings}
+    result["macro"] = _mixture_macro([domains[d] for d in data.domains])
+    if data.novel_domains:
+        result["novel_macro"] = _mixture_macro([domains[d] for d in data.novel_domains])
     result["expert_perplexity"] = perplexity
     return result, pa.concat_tables(tables)
+
+
+def _mixture_macro(domains: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean of every mixture's figures over the domains where they are defined."""
+    macro: dict[str, Any] = {}
+    for label in domains[0]:
+        cells = [d[label] for d in domains if d[label] != UNDEFINED]
+        macro[label] = UNDEFINED
+        if cells:
+            macro[label] = {
+                n: round(float(np.mean([c[n] for c in cells])), 6) for n in ("bpb", "perplexity")
+            }
+    return macro
 
 
 def evaluation_key(
@@ -428,8 +436,9 @@ def evaluation_key(
             "map": partitions.as_json()["hash"],
             "data": {
                 d: [data.split_hash(d, s) for s in ("train", config.eval.split, stream_of(config))]
-                for d in data.domains
+                for d in (*data.domains, *data.novel_domains)
             },
+            "novel": data.novel_domains,
             "eval": plain(config.eval),
             "environment": environment(config),
             "code": code_hash(*SCORING_CODE),
@@ -462,7 +471,7 @@ def evaluate(
     """
     domains, tables, decided, right = {}, [], [], []
     routed = {}
-    for domain in progress(data.domains, "routing", "domain"):
+    for domain in progress((*data.domains, *data.novel_domains), "routing", "domain"):
         rows = data.rows(domain, config.eval.split, config.eval.rows_per_domain)
         oracle = oracle_of(partitions, rows)
         scores = router_scores(model, rows.input_ids, config.eval.batch_rows)
@@ -472,7 +481,13 @@ def evaluate(
         model,
         np.concatenate([rows.input_ids for rows, *_ in routed.values()]),
         {
-            scope: torch.cat([chosen[scope] for *_, chosen in routed.values()])
+            # a novel domain has no oracle: none of its positions is scored
+            scope: torch.cat(
+                [
+                    chosen.get(scope, torch.full(s.shape[:2], -1))
+                    for *_, s, chosen in routed.values()
+                ]
+            )
             for scope in next(iter(routed.values()))[3]
         },
         config.eval.batch_rows,
@@ -493,9 +508,16 @@ def evaluate(
         "partitions": [list(group) for group in partitions.members],
         "method": partitions.method,
         "domains": domains,
-        "macro": _macro(domains, config.eval.scopes),
-        "routing": _routing(data.domains, partitions, decided, right),
+        "macro": _macro([domains[d] for d in data.domains], config.eval.scopes),
+        "routing": _routing(data.domains, partitions, decided[: len(data.domains)], right),
     }
+    if data.novel_domains:
+        result["novel_domains"] = list(data.novel_domains)
+        novel = [domains[d] for d in data.novel_domains]
+        result["novel_macro"] = _macro(novel, config.eval.scopes)
+        sent = zip(data.novel_domains, decided[len(data.domains) :], strict=True)
+        counts = {d: np.bincount(k, minlength=partitions.n).tolist() for d, k in sent}
+        result["routing"]["novel"] = counts
     return result, pa.concat_tables(tables)
 
 
@@ -524,11 +546,11 @@ def _domain_entry(
     return entry
 
 
-def _macro(domains: dict[str, Any], scopes: Iterable[str]) -> dict[str, Any]:
+def _macro(domains: list[dict[str, Any]], scopes: Iterable[str]) -> dict[str, Any]:
     """Mean over the domains whose figure is defined, with their number."""
     macro = {}
     for scope in scopes:
-        cells = [c for c in (d["scopes"][scope] for d in domains.values()) if c != UNDEFINED]
+        cells = [c for c in (d["scopes"][scope] for d in domains) if c != UNDEFINED]
         if not cells:
             macro[scope] = UNDEFINED
             continue

@@ -20,7 +20,7 @@ from tiered.store import UserError
 
 
 class BalancedBlocks(OrderedBlocks):
-    """Blocks (rows, T) in steps of m rows of every partition; items name theirs (`domain_ids`).
+    """Blocks (rows, T) in steps of m rows of every partition (or domain).
 
     partition (rows,): whose each block is. Each partition's blocks come in seeded permutations of
     their own, whatever others have: one with few begins them anew while others are in their first.
@@ -48,6 +48,10 @@ class BalancedBlocks(OrderedBlocks):
         passes = -(-count // len(rows))
         order = [np.random.default_rng([seed, int(k), i]).permutation(rows) for i in range(passes)]
         return np.concatenate(order)[:count]
+
+
+class LabelledBlocks(BalancedBlocks):
+    """Balanced blocks whose items name their partition (`domain_ids`)."""
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         own = torch.tensor(int(self.partition[self.order[index]]))
@@ -88,7 +92,7 @@ def holders(
 
 
 class JointTrainer(ResumableTrainer):
-    """Trainer of a model that names each partition's own parameters (`expert_parameters(k)`)."""
+    """Trainer of a model that names each partition's own parameters (`part_parameters(k)`)."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -104,7 +108,7 @@ class JointTrainer(ResumableTrainer):
         step = micro * ranks * self.args.gradient_accumulation_steps
         names = data.names.tolist()
         self.held_by = holders(names, step // len(names), micro, ranks)
-        self.own = {k: list(self.model.expert_parameters(k)) for k in self.held_by}
+        self.own = {k: list(self.model.part_parameters(k)) for k in self.held_by}
         # a group for every set of ranks; all ranks have to make all of them, in one order
         sets = sorted({h for h in self.held_by.values() if len(h) > 1})
         self.groups = {h: distributed.new_group(h) for h in sets}

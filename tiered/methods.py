@@ -18,6 +18,8 @@ from transformers import (
 )
 
 from modeling_monet import MonetConfig, MonetForCausalLM
+from tiered.baselines.modeling_demix import DemixConfig, DemixForCausalLM
+from tiered.baselines.modeling_domain_token import DomainTokenConfig, DomainTokenForCausalLM
 from tiered.config import Config, plain
 from tiered.data import ProcessedData
 from tiered.store import UserError
@@ -28,12 +30,15 @@ class ModelKind:
     """A model family: config from our section, model from its config, parameter card.
 
     `card(model, blocks)` gives parameter counts and FLOPs per token; what depends on routing is
-    measured on the first blocks (rows, T).
+    measured on the first blocks (rows, T). shared: one model of all partitions, with a part for
+    each (`remove_part`, `part_parameters`, `part`: that of one as a model of its own); the card is
+    of a part.
     """
 
     config_from: Callable[[Config, ProcessedData], PreTrainedConfig]
     build: Callable[[PreTrainedConfig], PreTrainedModel]
     card: Callable[[PreTrainedModel, np.ndarray], dict[str, Any]]
+    shared: bool = False
 
 
 OWN_FIELDS = {  # of the model section, by family; the others are of all families
@@ -41,7 +46,7 @@ OWN_FIELDS = {  # of the model section, by family; the others are of all familie
         *("moe_dim", "moe_heads", "moe_experts", "moe_topk", "moe_groups", "moe_decompose"),
         *("uniformity_loss_coef", "ambiguity_loss_coef", "freeze_router"),
     ),
-    "llama": ("intermediate_size",),
+    **dict.fromkeys(("llama", "demix", "domain_token"), ("intermediate_size",)),
     "mixtral": (
         *("intermediate_size", "num_experts", "num_experts_per_tok"),
         "router_aux_loss_coef",
@@ -136,6 +141,20 @@ def mixtral_config(config: Config, data: ProcessedData) -> MixtralConfig:
     )
 
 
+def demix_config(config: Config, data: ProcessedData) -> DemixConfig:
+    """DemixConfig (a feed-forward expert for every founding partition) of a model section."""
+    own = {"domain_experts": list(range(config.partition.n))}
+    width = _feed_forward_width(config)
+    return _model_config(config, data, DemixConfig, intermediate_size=width, **own)
+
+
+def domain_token_config(config: Config, data: ProcessedData) -> DomainTokenConfig:
+    """DomainTokenConfig (a token for every founding partition) of a model section."""
+    own = {"domains": list(range(config.partition.n))}
+    width = _feed_forward_width(config)
+    return _model_config(config, data, DomainTokenConfig, intermediate_size=width, **own)
+
+
 def plain_card(model: PreTrainedModel, blocks: np.ndarray) -> dict[str, Any]:
     """Parameter counts of a dense model or a mixture of experts: what a token's pass multiplies is
     all of it but the input embedding and the experts that are not chosen."""
@@ -189,4 +208,6 @@ MODELS: dict[str, ModelKind] = {
     "monet": ModelKind(monet_config, MonetForCausalLM, monet_card),
     "llama": ModelKind(llama_config, LlamaForCausalLM, plain_card),
     "mixtral": ModelKind(mixtral_config, MixtralForCausalLM, plain_card),
+    "demix": ModelKind(demix_config, DemixForCausalLM, plain_card, shared=True),
+    "domain_token": ModelKind(domain_token_config, DomainTokenForCausalLM, plain_card, shared=True),
 }

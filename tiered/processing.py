@@ -139,7 +139,7 @@ def _new_tokenizer(config: Config, pool: Executor | None) -> tuple[Any, dict[str
 def _training_domains(config: Config) -> list[str]:
     """Training domains of bpe; UserError for an absent one that explains the ways out."""
     for domain in tokenizer_domains(config):
-        if domain in config.present_domains or is_complete(clean_folder(config, domain)):
+        if domain in config.processed_domains or is_complete(clean_folder(config, domain)):
             continue
         try:
             source_files(config.data, domain)
@@ -369,13 +369,13 @@ def clean_present_domains(config: Config, pool: Executor | None) -> None:
     """Cleaned text of the present domains, except those whose processed data is already there."""
     record = processed_folder(config) / "tokenizer" / TOKENIZER_RECORD
     tokenizer_hash = read_json(record)["hash"] if record.is_file() else ""
-    domains = [d for d in config.present_domains if not domain_done(config, d, tokenizer_hash)]
+    domains = [d for d in config.processed_domains if not domain_done(config, d, tokenizer_hash)]
     clean_domains(config, pool, domains, config.overwrite)
 
 
 def tokenize_domains(config: Config, pool: Executor | None, tokenizer_hash: str) -> list[str]:
     """Processed data of the present domains; returns those that had to be made."""
-    todo = [d for d in config.present_domains if not domain_done(config, d, tokenizer_hash)]
+    todo = [d for d in config.processed_domains if not domain_done(config, d, tokenizer_hash)]
     run_all([(tokenize_domain, config, d) for d in todo], pool, "tokenise", "domain")
     return todo
 
@@ -416,7 +416,7 @@ def table_text(header: list[str], rows: list[list[str]]) -> str:
 def summary(config: Config, manifest: dict[str, Any]) -> str:
     """Two tables for the terminal: what was dropped, what is in each split."""
     drops, contents = [], []
-    for domain in config.present_domains:
+    for domain in config.processed_domains:
         m = manifest["domains"][domain]
         splits = [m["splits"][split] for split in SPLITS]
         filtered = [m["dropped"][name] for name in (*FILTERS, *TOKEN_FILTERS)]

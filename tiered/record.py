@@ -24,8 +24,10 @@ from tiered.store import TIMINGS, UserError, code_hash, read_json, write_json, w
 # What decides a trained model besides its config and data; what scores it.
 TRAINING_CODE = (
     "modeling_monet.py",
-    *(f"tiered/{name}.py" for name in ("branching", "data", "fitting", "methods")),
-    *(f"tiered/{name}.py" for name in ("modeling_tiered", "partition", "router", "training")),
+    *(f"tiered/{name}.py" for name in ("blocks", "branching", "data", "fitting", "joint")),
+    *(f"tiered/{name}.py" for name in ("methods", "modeling_tiered", "nearest", "partition")),
+    *(f"tiered/{name}.py" for name in ("router", "shared_trunk", "training")),
+    *(f"tiered/baselines/modeling_{name}.py" for name in ("demix", "domain_token")),
 )
 SCORING_CODE = tuple(
     f"tiered/{name}.py"

@@ -13,13 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tiered import branching
-from tiered.config import CANARY, Config, plain
+from tiered import branching, shared_trunk
+from tiered.blocks import (
+    batch_rows,
+    excluded_in,
+    partition_blocks,
+    training_arguments,
+    training_facts,
+)
+from tiered.config import Config
 from tiered.data import ProcessedData
 from tiered.fitting import Fit, OrderedBlocks, fit
-from tiered.methods import MODELS, model_section
+from tiered.joint import BalancedBlocks, micro_batch_rows
+from tiered.methods import MODELS
+from tiered.nearest import nearest_partition
 from tiered.partition import PartitionMap, make_partition_map
 from tiered.record import environment, set_up_process
 from tiered.store import (
@@ -34,103 +43,9 @@ from tiered.store import (
 from tiered.workers import Call, processes, run_all
 
 
-def batch_rows(config: Config, share: float) -> int:
-    """Rows per micro-batch of a partition that holds `share` of the configured domains.
-
-    constant_steps keeps the number of optimizer steps: the batch shrinks with the partition, down
-    to min_batch_rows. It depends on the configuration only, never on present data.
-    """
-    rows = config.training.per_device_train_batch_size
-    if config.training.schedule == "constant_steps":
-        rows = max(config.training.min_batch_rows, round(rows * share))
-    return rows
-
-
-def training_arguments(config: Config, share: float) -> dict[str, Any]:
-    """TrainingArguments of one partition's model."""
-    own = {
-        *("schedule", "min_batch_rows", "num_train_epochs", "split", "documents", "dropout"),
-        *("num_proc", "save_steps", "report_to", "arguments"),
-    }
-    section = plain(config.training)
-    values = {k: v for k, v in section.items() if k not in own}
-    values["per_device_train_batch_size"] = batch_rows(config, share)
-    return {**values, **config.training.arguments}
-
-
-def partition_blocks(
-    config: Config,
-    data: ProcessedData,
-    partitions: PartitionMap,
-    k: int,
-    domains: Iterable[str] | None = None,
-) -> tuple[np.ndarray | None, dict[str, int]]:
-    """Training blocks (rows, T) of partition k from present domains, and how many each gave.
-
-    domains: only those of them (None: all).
-
-    Domains follow one another by name, not in the order of the map: maps that agree on a
-    partition's members train the same model. None if no present domain has data there.
-    """
-    split, parts, counts = config.training.split, [], {}
-    for domain in sorted(partitions.members[k]):
-        if domain not in (data.domains if domains is None else domains):
-            continue
-        ids = data.document_ids(domain, split)
-        keep = branching.used(config, domain, ids)
-        if partitions.by_document:
-            own = partitions.assign(domain, ids) == k
-            keep = own if keep is None else keep & own
-        part = data.blocks(domain, split, keep=keep)
-        if split == "train":
-            canaries = kept_canaries(config, data, partitions, k, domain)
-            part = np.concatenate([part, data.canary_blocks(domain, canaries)])
-        if len(part):
-            parts.append(part)
-            counts[domain] = len(part)
-    return (np.concatenate(parts) if parts else None), counts
-
-
-def kept_canaries(
-    config: Config, data: ProcessedData, partitions: PartitionMap, k: int, domain: str
-) -> np.ndarray:
-    """Canaries (canaries,) bool of a domain that partition k is trained on, references too."""
-    ids = data.document_ids(domain, CANARY)
-    keep = branching.used(config, domain, ids)
-    keep = np.ones(len(ids), dtype=bool) if keep is None else keep
-    return keep & (partitions.assign(domain, ids) == k) if ids else keep
-
-
-def trained_rows(
-    config: Config, data: ProcessedData, partitions: PartitionMap, domain: str
-) -> np.ndarray:
-    """Documents (documents,) bool of the train split whose first row stands in a block that a
-    partition model or the seed LM was trained on (repeats beyond the first do not count)."""
-    ids = data.document_ids(domain, "train")
-    found = np.zeros(len(ids), dtype=bool)
-    jobs = [(config, partitions)]
-    if branching.has_own_seed(config):
-        own = branching.seed_config(config)
-        jobs.append((own, make_partition_map(own)))
-    for made, assigned in jobs:
-        if made.training.split == "train" and assigned.touched(domain):
-            keep = branching.used(made, domain, ids)
-            keep = np.ones(len(ids), dtype=bool) if keep is None else keep
-            groups = np.where(keep, assigned.assign(domain, ids), -1)
-            found |= keep & data.packed(domain, "train", groups)
-    return found
-
-
-def excluded_in(config: Config, partitions: PartitionMap, k: int) -> dict[str, list[str]]:
-    """Documents that data.exclude_documents takes from partition k, by domain."""
-    found = {}
-    for domain, names in branching.excluded_documents(config).items():
-        if domain in partitions.members[k]:
-            ids = sorted(names)
-            own = partitions.assign(domain, ids) == k
-            if own.any():
-                found[domain] = [name for name, here in zip(ids, own, strict=True) if here]
-    return found
+def adapts(config: Config, partitions: PartitionMap, k: int) -> bool:
+    """Whether partition k is an added domain's whose model starts from the nearest one."""
+    return bool(config.training.added_from) and k >= partitions.n - partitions.added
 
 
 def model_inputs(
@@ -143,25 +58,23 @@ def model_inputs(
     present = [d for d in partitions.members[k] if d in data.domains]
     if not present:
         return None
-    arguments, split = training_arguments(config, partitions.share(k)), config.training.split
+    if shared_trunk.is_shared(config) and not adapts(config, partitions, k):
+        return shared_trunk.part_inputs(config, data, partitions, k)
     excluded = excluded_in(config, partitions, k)
-    return digest(
-        {
-            **({"excluded": excluded} if excluded else {}),
-            "model": model_section(config),
-            "training": plain({n: v for n, v in arguments.items() if n != "logging_steps"}),
-            "epochs": config.training.num_train_epochs,
-            "dropout": config.training.dropout,
-            "seed": config.seed,
-            "seed_lm": seed_inputs(config, data),
-            "partition": partitions.identity(k),
-            "data": {d: [split, data.split_hash(d, split)] for d in present},
-            "documents": branching.document_interval(config),
-            "block_size": config.data.block_size,
-            "separate_documents": config.data.separate_documents,
-            "tokenizer": data.tokenizer_hash,
+    own = {
+        **({"excluded": excluded} if excluded else {}),
+        **({"balanced": True} if config.training.balanced else {}),
+        **training_facts(config, data, partitions.share(k), present),
+        "seed_lm": seed_inputs(config, data),
+        "partition": partitions.identity(k),
+    }
+    if adapts(config, partitions, k):
+        own |= {
+            "from": [model_inputs(config, data, partitions, j) for j in founding(partitions)],
+            "chosen_by": [data.split_hash(present[0], "validation"), config.eval.cached_rows],
+            "learning_rate": config.training.added_learning_rate,
         }
-    )
+    return digest(own)
 
 
 def seed_inputs(config: Config, data: ProcessedData) -> str | None:
@@ -226,10 +139,18 @@ def train_partition(
     if is_complete(folder) and not config.overwrite:
         verify(folder)
         return folder
+    if shared_trunk.is_shared(config) and not adapts(config, partitions, k):
+        shared_trunk.publish_part(
+            config, data, partitions, k, folder, lambda path: _copy_tokenizer(data, path)
+        )
+        return folder
     blocks, counts = partition_blocks(config, data, partitions, k)
     label = label or f"partition {k}"
     if blocks is None:
         raise UserError(f"{label}: fewer training tokens than one block of its domains")
+    if adapts(config, partitions, k):
+        _adapt(config, data, partitions, k, folder, blocks, counts)
+        return folder
     kind = MODELS[config.model.type]
     start = train_seed(replace(config, overwrite=False), data)
     model_config = kind.config_from(config, data)
@@ -256,18 +177,104 @@ def train_partition(
         return model
 
     def finish(model: PreTrainedModel, path: Path) -> dict[str, Any]:
-        data.tokenizer.save_pretrained(path)
-        shutil.copy(data.folder / "tokenizer" / TOKENIZER_RECORD, path)  # what trained it
+        _copy_tokenizer(data, path)
         return {"parameters": kind.card(model, blocks)}
 
-    ordered = OrderedBlocks(
-        blocks,
-        config.training.num_train_epochs,
-        job.seed,
-        data.separator_id if config.data.separate_documents else None,
-    )
+    ordered = _in_order(config, data, partitions, k, job, blocks, counts)
     fit(config, job, make, ordered, finish)
     return folder
+
+
+def _copy_tokenizer(data: ProcessedData, path: Path) -> None:
+    data.tokenizer.save_pretrained(path)
+    shutil.copy(data.folder / "tokenizer" / TOKENIZER_RECORD, path)  # what trained it
+
+
+def _in_order(
+    config: Config,
+    data: ProcessedData,
+    partitions: PartitionMap,
+    k: int,
+    job: Fit,
+    blocks: np.ndarray,
+    counts: dict[str, int],
+) -> OrderedBlocks:
+    """A partition's blocks (rows, T), counted by domain, in training order."""
+    separator = data.separator_id if config.data.separate_documents else None
+    epochs, section = config.training.num_train_epochs, config.training
+    if not section.balanced:
+        return OrderedBlocks(blocks, epochs, job.seed, separator)
+    micro_batches = section.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+    per_step = job.arguments["per_device_train_batch_size"] * micro_batches
+    configured = len(partitions.members[k])
+    rows = micro_batch_rows(per_step, configured, len(counts), micro_batches)
+    job.arguments["per_device_train_batch_size"] = job.record["batch_rows"] = rows
+    labels = np.repeat(np.arange(len(counts)), list(counts.values()))
+    return BalancedBlocks(blocks, labels, per_step // configured, epochs, job.seed, separator)
+
+
+def founding(partitions: PartitionMap) -> range:
+    """Partitions that were configured from the start."""
+    return shared_trunk.founding(partitions)
+
+
+def _adapt(
+    config: Config,
+    data: ProcessedData,
+    partitions: PartitionMap,
+    k: int,
+    folder: Path,
+    blocks: np.ndarray,
+    counts: dict[str, int],
+) -> None:
+    """Domain-adaptive pretraining (DEMix, arXiv:2108.05036, section 5): the model of an added domain
+    goes on from the nearest partition's; a shared trunk stays as it is."""
+    (domain,) = partitions.members[k]
+    quiet = replace(config, overwrite=False)
+    models = {j: train_partition(quiet, data, partitions, j) for j in founding(partitions)}
+    models = {j: path for j, path in models.items() if path is not None}
+    if not models:
+        raise UserError(f"training.added_from: no partition is left that {domain} could start from")
+    near, posterior = nearest_partition(config, data, domain, models)
+    start = models[near]
+    before = read_json(start / "record.json")
+    arguments = training_arguments(config, partitions.share(k))
+    arguments["learning_rate"] *= config.training.added_learning_rate
+    job = Fit(
+        folder=folder,
+        label=f"{config.name} partition {k} [{domain}, from {near}]",
+        seed=seed_of(config.seed, "train", partitions.identity(k)),
+        arguments=arguments,
+        record={
+            "inputs": model_inputs(config, data, partitions, k),
+            "partition": {
+                "members": [domain],
+                "present": sorted({*before["partition"]["present"], *counts}),
+            },
+            "seed": before["seed"],
+            "started_from": {"partition": near, "posterior": posterior},
+            "blocks": counts,
+            "batch_rows": batch_rows(config, partitions.share(k)),
+            "environment": environment(config),
+        },
+    )
+
+    def make() -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(start)
+        shared_trunk.freeze_shared(model, start)
+        branching.add_dropout(model, config.training.dropout)
+        return model
+
+    def finish(model: PreTrainedModel, path: Path) -> dict[str, Any]:
+        _copy_tokenizer(data, path)
+        own = shared_trunk.own_weights(start)
+        parameters = MODELS[config.model.type].card(model, blocks)
+        if own is not None:
+            shared_trunk.split_checkpoint(path, own, start / shared_trunk.SHARED)
+            parameters["own"] = before["parameters"]["own"]
+        return {"parameters": parameters}
+
+    fit(config, job, make, _in_order(config, data, partitions, k, job, blocks, counts), finish)
 
 
 def forget_other_partitions(config: Config) -> None:
@@ -289,6 +296,13 @@ def missing_models(config: Config, wanted: Iterable[int]) -> dict[Path, Call]:
     """Calls that train the partitions whose models the store lacks, by the folder they make."""
     data, partitions = ProcessedData(config), make_partition_map(config)
     folders = {k: model_folder(config, data, partitions, k) for k in wanted}
+    # models that start from others wait for them
+    folders = {k: path for k, path in folders.items() if not adapts(config, partitions, k)}
+    if shared_trunk.is_shared(config):
+        if all(path is None or is_complete(path) for path in folders.values()):
+            return {}
+        whole = shared_trunk.whole_folder(config, data, partitions)
+        return {} if is_complete(whole) else {whole: (train_whole_apart, config)}
     return {
         folder: (train_apart, config, k)
         for k, folder in folders.items()
@@ -300,6 +314,12 @@ def train_apart(config: Config, k: int) -> None:
     """train_partition in a process of its own."""
     set_up_process(config)
     train_partition(config, ProcessedData(config), make_partition_map(config), k)
+
+
+def train_whole_apart(config: Config) -> None:
+    """shared_trunk.train_whole in a process of its own."""
+    set_up_process(config)
+    shared_trunk.train_whole(config, ProcessedData(config), make_partition_map(config))
 
 
 def train_at_once(configs: list[Config], missing: Callable[[Config], dict[Path, Call]]) -> None:

@@ -201,7 +201,7 @@ class DemixForCausalLM(LlamaForCausalLM):
         self.config.domain_experts = [*self.domain_experts, k]
         return k
 
-    def remove_expert(self, k: int) -> None:
+    def remove_part(self, k: int) -> None:
         """Delete an expert from every layer; removing it again is a no-op. ValueError for the last.
 
         The shared parameters have seen its domain all the same.
@@ -214,12 +214,12 @@ class DemixForCausalLM(LlamaForCausalLM):
             del layer.mlp.experts[str(k)]
         self.config.domain_experts = [i for i in self.domain_experts if i != k]
 
-    def expert_parameters(self, k: int) -> Iterator[nn.Parameter]:
+    def part_parameters(self, k: int) -> Iterator[nn.Parameter]:
         """Parameters of one expert in all layers."""
         for layer in self.model.layers:
             yield from layer.mlp.experts[str(k)].parameters()
 
-    def dense(self, k: int) -> LlamaForCausalLM:
+    def part(self, k: int) -> LlamaForCausalLM:
         """The Llama that expert k makes with the shared parameters: the same tensors, no copies."""
         self._check_present(torch.tensor([k]))
         values = {n: v for n, v in self.config.to_dict().items() if n not in _OWN}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tiered import shared_trunk
 from tiered.branching import has_own_seed, outside_folder, seed_domains
 from tiered.config import Config, plain
 from tiered.data import ProcessedData, listed_documents
@@ -461,6 +462,8 @@ def describe(
     if outside:  # where nothing is known of it, the claim rests on it
         models_clean &= forget.domain not in (seed_domains(outside_folder(context.config)) or [])
     exact = outcome.weights_removed and models_clean
+    saw = _trunk_saw(context, forget) and not exact
+    trunk = ["the trunk that all partitions share"] if saw else []
     return {
         "exact": exact,
         "exact_given": given if exact else [],
@@ -471,11 +474,19 @@ def describe(
         "residue": [
             "raw, cleaned (.clean) and processed data",
             "the dataset library's cache",
+            *trunk,
             f"the run the operation started from ({context.config.run_dir}) and its store",
             "logs and trackers",
             "other runs",
         ],
     }
+
+
+def _trunk_saw(context: Context, forget: Forget) -> bool:
+    """Whether weights that all partitions share were trained on the forget set."""
+    founding = shared_trunk.founding(context.partitions)
+    held = set(context.touched(forget)) & set(founding)
+    return shared_trunk.is_shared(context.config) and bool(held)
 
 
 def _tokenizer_domains(context: Context) -> list[str]:

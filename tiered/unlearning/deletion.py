@@ -117,7 +117,7 @@ def sisa(context: Context, forget: Forget) -> Outcome:
     trained twice: gold's partition models are reused with their recorded seconds. They start from
     a seed LM without the domain; the partitions that stay had started from one with it.
     """
-    touched = context.touched(forget)
+    touched = context.retrained(forget)
     gold_models, seed = models_without(context, forget)
     retrained = {k: gold_models[k] for k in touched if k in gold_models}
     kept = {k: path for k, path in context.models.items() if k not in touched}

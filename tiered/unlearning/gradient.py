@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from tiered.blocks import partition_blocks
 from tiered.branching import used
 from tiered.data import Rows
 from tiered.metrics import NOT_APPLICABLE
@@ -27,7 +28,6 @@ from tiered.router import load_models
 from tiered.scoring import score_prefixes
 from tiered.statistics import auc
 from tiered.store import content_hash, seed_of
-from tiered.training import partition_blocks
 from tiered.unlearning.deletion import models_without
 from tiered.unlearning.systems import Context, Forget, NotApplicable, Outcome, edited
 

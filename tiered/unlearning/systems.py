@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from tiered import shared_trunk
+from tiered.blocks import trained_rows
 from tiered.config import Config
 from tiered.data import ProcessedData, Rows
 from tiered.modeling_tiered import TieredForCausalLM
@@ -33,7 +35,6 @@ from tiered.store import (
     verify,
     write_json,
 )
-from tiered.training import trained_rows
 
 
 class NotApplicable(Exception):
@@ -76,6 +77,18 @@ class Context:
             return self.partitions.touched(forget.domain)
         found = self.partitions.assign(forget.domain, sorted(forget.documents))
         return tuple(sorted(set(found.tolist())))
+
+    def retrained(self, forget: Forget) -> tuple[int, ...]:
+        """Partitions whose models have seen the forget set, or were chosen by one that has: where a
+        trunk is shared and holds it, all; those of added domains that start from the nearest."""
+        touched = set(self.touched(forget))
+        founding = set(shared_trunk.founding(self.partitions))
+        if touched & founding:
+            if shared_trunk.is_shared(self.config):
+                touched = set(self.models)
+            elif self.config.training.added_from:
+                touched |= set(self.models) - founding
+        return tuple(sorted(touched))
 
     def trained(self, domain: str) -> np.ndarray:
         """Train documents (documents,) bool whose first row a model of the run was trained on."""
@@ -174,6 +187,7 @@ def edited(
         verify(folder)
         return folder, True
     model = load_models({k: source})[k].to(device_of(config))
+    shared_trunk.freeze_shared(model, source)
     record = edit(model)
     for name, values in model.state_dict().items():
         if values.is_floating_point() and not values.isfinite().all():

@@ -1,0 +1,238 @@
+"""Models of a shared trunk as partitions of a run: DEMix and domain tokens from raw text to
+unlearning."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from tests.conftest import run_stages, tiny_project
+from tiered.baselines.modeling_demix import DemixForCausalLM
+from tiered.config import load
+from tiered.data import ProcessedData
+from tiered.partition import make_partition_map
+from tiered.shared_trunk import OWN, SHARED, own_weights
+from tiered.store import UserError, read_json, tree_hashes
+
+EVERY = ("process_dset", "train_det_router", "run_clm", "eval_det_router")
+CONFIGS = {
+    # three languages, English is novel; then it is added
+    "demix": "base: base.yaml\nname: demix\ndata: {domains: [hi, si, de], novel_domains: [en]}\n"
+    "tokenizer: {train_domains: [hi, si, de, en]}\n"
+    "partition: {method: language, n: 3}\n"
+    "model: {type: demix, num_attention_heads: 2}\n"
+    "training: {per_device_train_batch_size: 6}\n"
+    "eval: {mixtures: [bayes_uniform, bayes_updating, bayes_cached, average], top_k: [0, 1]}\n"
+    "unlearn: {operations: [original, gold, delete-S1, sisa, GA, fine-tune]}\n",
+    "adapted": "base: demix.yaml\nname: adapted\n"
+    "data: {novel_domains: [], added_domains: [en]}\ntraining: {added_from: nearest}\n"
+    "unlearn: {forget: [en, hi], operations: [original, gold, delete-S1, sisa]}\n",
+    "token": "base: demix.yaml\nname: token\nmodel: {type: domain_token}\n",
+    "balanced": "base: demix.yaml\nname: balanced\nmodel: {type: llama}\n"
+    "partition: {n: 1}\ntraining: {balanced: true}\n",
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trunk")
+    tiny_project(folder)
+    for name, text in CONFIGS.items():
+        (folder / f"configs/{name}.yaml").write_text(text)
+    run_stages(folder, EVERY, *(f"configs/{name}.yaml" for name in CONFIGS))
+    run_stages(folder, ("unlearn_benchmarks",), "configs/demix.yaml", "configs/adapted.yaml")
+    return folder
+
+
+def models(project: Path, name: str) -> dict[str, Path]:
+    return {p.name: p for p in sorted((project / f"runs/{name}/models").iterdir())}
+
+
+@torch.inference_mode()
+def test_parts_are_llamas_that_compute_what_the_whole_does(project):
+    record = read_json(project / "runs/demix/models/0/record.json")
+    (whole,) = [
+        path.parent
+        for path in (project / "runs/.store/models").glob("*/config.json")
+        if read_json(path)["model_type"] == "demix"
+        and read_json(path)["domain_experts"] == [0, 1, 2]
+        and "lm_head.weight" in load_file(path.parent / SHARED)
+    ][:1]
+    demix = AutoModelForCausalLM.from_pretrained(whole)
+    assert isinstance(demix, DemixForCausalLM)
+    ids = torch.randint(3, 400, (2, 32), generator=torch.Generator().manual_seed(0))
+    for k, folder in models(project, "demix").items():
+        part = AutoModelForCausalLM.from_pretrained(folder)
+        assert type(part) is LlamaForCausalLM
+        expected = demix(ids, domain_ids=torch.full((2,), int(k))).logits
+        assert torch.equal(part(ids).logits, expected)
+        # one file of the trunk for all
+        assert (folder / SHARED).stat().st_ino == (whole / SHARED).stat().st_ino
+    # 3 layers' worth of tensors by hand: gate, up and down of each of 2 layers are an expert's own
+    own = own_weights(models(project, "demix")["1"])
+    parts = ("gate_proj", "up_proj", "down_proj")
+    assert own == sorted(f"model.layers.{i}.mlp.{p}.weight" for i in (0, 1) for p in parts)
+    assert record["parameters"]["own"] == 2 * 3 * 16 * 48
+    assert record["partition"] == {"members": ["hi"], "present": ["de", "hi", "si"]}
+
+
+def test_tokens_and_seconds_of_the_parts_are_those_of_the_one_training(project):
+    found = [read_json(p / "record.json") for p in models(project, "demix").values()]
+    (blocks,) = {sum(r["blocks"][d] for r in found for d in r["blocks"])}
+    steps = round(blocks / 6)  # of two rows of each language
+    assert [r["optimizer_steps"] for r in found] == [steps] * 3
+    assert [r["tokens"] for r in found] == [steps * 2 * 32] * 3
+    assert [r["batch_rows"] for r in found] == [2] * 3
+    assert len({r["shared_trunk"] for r in found}) == 1
+
+
+def test_novel_domains_are_scored_and_trained_nowhere(project):
+    utility = read_json(project / "runs/demix/eval/utility.json")
+    assert utility["novel_domains"] == ["en"]
+    assert utility["domains"]["en"]["scopes"]["oracle"] == "undefined"
+    assert utility["domains"]["en"]["scopes"]["token"]["bpb"] > 0
+    assert utility["macro"]["token"]["domains"] == 3
+    novel = utility["novel_macro"]["token"]["bpb"]
+    assert novel == utility["domains"]["en"]["scopes"]["token"]["bpb"]
+    assert len(utility["routing"]["confusion"]) == 3
+    assert sum(utility["routing"]["novel"]["en"]) == 8
+    mixtures = utility["mixtures"]
+    assert set(mixtures["novel_macro"]) == set(mixtures["macro"])
+    assert mixtures["novel_macro"]["average"] == mixtures["domains"]["en"]["average"]
+    provenance = read_json(project / "runs/demix/provenance.json")
+    saw = {d for n, ds in provenance.items() if n.startswith("model/") for d in ds}
+    assert saw == {"hi", "si", "de"} and "en" in provenance["tokenizer"]
+
+
+def test_adapting_to_a_domain_leaves_every_other_part_as_it_was(project):
+    before, after = models(project, "demix"), models(project, "adapted")
+    assert set(after) - set(before) == {"3"}
+    for k, folder in before.items():
+        assert tree_hashes(folder) == tree_hashes(after[k])
+    record = read_json(after["3"] / "record.json")
+    start = record["started_from"]
+    near = after[str(start["partition"])]
+    assert (after["3"] / SHARED).stat().st_ino == (near / SHARED).stat().st_ino
+    own, old = (load_file(p / OWN) for p in (after["3"], near))
+    assert own.keys() == old.keys()
+    assert all(not torch.equal(own[n], old[n]) for n in own)
+    assert sum(start["posterior"].values()) == pytest.approx(1, abs=1e-5)
+    assert start["posterior"][str(start["partition"])] == max(start["posterior"].values())
+    assert record["partition"]["present"] == ["de", "en", "hi", "si"]
+    # it helps where it was trained
+    before, after = (
+        read_json(project / f"runs/{n}/eval/utility.json") for n in ("demix", "adapted")
+    )
+    table = after["mixtures"]["expert_perplexity"]["domain"]
+    assert table["en"][3] < table["en"][start["partition"]]
+    old = before["mixtures"]["expert_perplexity"]["domain"]
+    assert all(table[d][:3] == old[d] for d in ("hi", "si", "de"))
+
+
+def test_nearest_is_the_part_of_largest_posterior_by_hand(project, monkeypatch):
+    """DEMix's cached prior over validation rows, from the loss that transformers computes."""
+    monkeypatch.chdir(project)
+    config = load("configs/adapted.yaml")
+    rows = ProcessedData(config).rows("en", "validation", config.eval.cached_rows).input_ids
+    ids = torch.from_numpy(np.ascontiguousarray(rows)).long()
+    total = []
+    for k in range(3):
+        model = AutoModelForCausalLM.from_pretrained(f"runs/adapted/models/{k}")
+        with torch.inference_mode():
+            loss = [model(row[None], labels=row[None]).loss.item() * (len(row) - 1) for row in ids]
+        total.append(loss)
+    prior = np.full(3, 1 / 3)
+    for row in np.array(total).T:
+        joint = prior * np.exp(-(row - row.min()))
+        prior = 0.7 * prior + 0.3 * joint / joint.sum()
+    found = read_json("runs/adapted/models/3/record.json")["started_from"]
+    assert [found["posterior"][str(k)] for k in range(3)] == pytest.approx(prior, abs=2e-3)
+    assert found["partition"] == int(prior.argmax())
+
+
+def test_removal_says_what_it_is(project):
+    def results(run, forget):
+        return {
+            p.parent.name: read_json(p)
+            for p in (project / f"runs/{run}/unlearn/{forget}").glob("*/metrics.json")
+        }
+
+    found = results("demix", "hi")
+    # the expert is gone, the trunk has seen the language all the same
+    assert found["delete-S1"]["weights_removed"] and not found["delete-S1"]["exact"]
+    assert "the trunk that all partitions share" in found["delete-S1"]["residue"]
+    assert found["delete-S1"]["cost"]["tokens"] == 0
+    # retraining touches every partition, and is gold
+    assert found["sisa"]["exact"] and found["sisa"]["cost"]["tokens_relative_to_gold"] == 1
+    assert "the trunk that all partitions share" not in found["sisa"]["residue"]
+    assert set(found["sisa"]["rebuilt"]) == {"router", "model/1", "model/2"}
+    # an expert that was added is removed exactly: the trunk never saw its domain
+    added = results("adapted", "en")
+    assert added["delete-S1"]["exact"]
+    assert "the trunk that all partitions share" not in added["delete-S1"]["residue"]
+    both = results("adapted", "hi")
+    assert both["sisa"]["exact"] and not both["delete-S1"]["exact"]
+
+
+def test_an_edit_changes_an_expert_and_never_the_trunk(project):
+    edited = project / "runs/demix/unlearn/hi/GA/system/models/0/model.safetensors"
+    whole, source = load_file(edited), models(project, "demix")["0"]
+    own, shared = load_file(source / OWN), load_file(source / SHARED)
+    assert all(torch.equal(whole[n], w) for n, w in shared.items())
+    assert any(not torch.equal(whole[n], w) for n, w in own.items())
+    words = read_json(project / "runs/demix/unlearn/hi/fine-tune/metrics.json")["result"]
+    assert words == "not applicable: its partition holds nothing else to train on"
+
+
+def test_a_gold_expert_begins_where_the_original_did(project):
+    """Without Hindi the other experts start from the same weights: what differs is what was read."""
+    gold = project / "runs/demix/unlearn/hi/gold/system/models"
+    assert sorted(p.name for p in gold.iterdir()) == ["1", "2"]
+    for k in ("1", "2"):
+        new = {**load_file(gold / k / OWN), **load_file(gold / k / SHARED)}
+        folder = models(project, "demix")[k]
+        old = {**load_file(folder / OWN), **load_file(folder / SHARED)}
+        assert new.keys() == old.keys()
+        # matrices that begin alike and were trained alike stay correlated; others are not at all
+        name = "model.layers.1.mlp.up_proj.weight"
+        pair = torch.stack([new[name].flatten(), old[name].flatten()])
+        assert torch.corrcoef(pair)[0, 1] > 0.3
+
+
+def test_domain_tokens_share_everything_else(project):
+    parts = {k: load_file(p / OWN) for k, p in models(project, "token").items()}
+    assert [list(p) for p in parts.values()] == [
+        ["domain_tokens.0"],
+        ["domain_tokens.1"],
+        ["domain_tokens.2"],
+    ]
+    record = read_json(project / "runs/token/models/2/record.json")
+    assert record["parameters"]["own"] == 16
+    utility = read_json(project / "runs/token/eval/utility.json")
+    assert utility["macro"]["oracle"]["bpb"] < utility["macro"]["oracle"]["unigram_bpb"] * 1.2
+
+
+def test_balanced_steps_of_a_dense_model(project):
+    record = read_json(project / "runs/balanced/models/0/record.json")
+    blocks = sum(record["blocks"].values())
+    assert record["optimizer_steps"] == round(blocks / 6) and record["batch_rows"] == 6
+
+
+def test_mistakes_in_a_config_are_one_line(project, monkeypatch):
+    monkeypatch.chdir(project)
+    for override, text in (
+        ("model.init_from=seed", "model.init_from: a demix is trained from random weights"),
+        ("data.added_domains=fr", "training.added_from: a demix's trunk is trained"),
+        ("training.added_from=nearest", "training.added_from: data.added_domains names no domain"),
+        ("data.novel_domains=hi", "data.domains: names must be given, each once"),
+    ):
+        with pytest.raises(UserError, match=text):
+            load("configs/demix.yaml", (override,))
+    config = load("configs/demix.yaml", ("training.per_device_train_batch_size=8",))
+    from tiered.shared_trunk import train_whole
+
+    with pytest.raises(UserError, match="8 rows per optimizer step .* 3 partitions"):
+        train_whole(config, ProcessedData(config), make_partition_map(config))
