@@ -8,10 +8,13 @@ Writes  runs/<experiment>/eval/utility.json, eval/rows.parquet, eval/mixtures.pa
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from tiered.config import Config, run_script
+from tiered.branching import has_own_seed, outside_folder
+from tiered.config import ROUTED_INSIDE, Config, run_script
 from tiered.data import ProcessedData
 from tiered.evaluation import (
     evaluate,
@@ -22,9 +25,32 @@ from tiered.evaluation import (
     write_rows,
 )
 from tiered.partition import make_partition_map
-from tiered.record import start, timed
+from tiered.record import device_of, start, timed
 from tiered.router import check_router, load_models, load_router, run_models, tiered_model
 from tiered.store import verify, write_json
+
+
+def routes_inside(config: Config) -> bool:
+    """Whether a mixture chooses experts in every linear map."""
+    return any(name in ROUTED_INSIDE for name in config.eval.mixtures)
+
+
+def experts_inside(config: Config, folders: dict[int, Path]) -> PreTrainedModel:
+    """The model of all of a run's LoRA experts, on the config's device."""
+    from tiered.baselines.lora_experts import load_experts  # peft takes seconds to import
+
+    base = config.run_dir / "seed_lm" if has_own_seed(config) else outside_folder(config)
+    section = config.eval
+    high, low = section.glider_alphas
+    model = load_experts(
+        base,
+        folders,
+        experts_per_token=section.experts_per_token,
+        threshold=section.glider_threshold,
+        alpha_high=high,
+        alpha_low=low,
+    )
+    return model.to(device_of(config))
 
 
 def main(config: Config) -> None:
@@ -54,8 +80,9 @@ def main(config: Config) -> None:
             result, table = evaluate(config, data, partitions, model, cache, progress)
             # 4. mixtures: every partition's model on every row
             if config.eval.mixtures:
+                inside = experts_inside(config, folders) if routes_inside(config) else None
                 result["mixtures"], mixed = evaluate_mixtures(
-                    config, data, partitions, model, cache, progress
+                    config, data, partitions, model, cache, progress, inside
                 )
                 write_rows(path.with_name("mixtures.parquet"), mixed)
             result["models"], result["inputs"] = {str(k): h for k, h in hashes.items()}, inputs

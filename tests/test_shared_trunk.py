@@ -188,7 +188,7 @@ def test_an_edit_changes_an_expert_and_never_the_trunk(project):
 
 
 def test_a_gold_expert_begins_where_the_original_did(project):
-    """Without Hindi the other experts start from the same weights: what differs is what was read."""
+    """Without Hindi the other experts start from the same weights; what was read differs."""
     gold = project / "runs/demix/unlearn/hi/gold/system/models"
     assert sorted(p.name for p in gold.iterdir()) == ["1", "2"]
     for k in ("1", "2"):
@@ -234,5 +234,5 @@ def test_mistakes_in_a_config_are_one_line(project, monkeypatch):
     config = load("configs/demix.yaml", ("training.per_device_train_batch_size=8",))
     from tiered.shared_trunk import train_whole
 
-    with pytest.raises(UserError, match="8 rows per optimizer step .* 3 partitions"):
+    with pytest.raises(UserError, match=r"8 rows per optimizer step .* 3 partitions"):
         train_whole(config, ProcessedData(config), make_partition_map(config))

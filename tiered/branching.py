@@ -50,12 +50,18 @@ def seed_config(config: Config) -> Config:
         documents=(low, middle) if section.split == config.training.split else (0.0, 1.0),
         num_train_epochs=section.num_train_epochs or config.training.num_train_epochs,
     )
+    if section.learning_rate:
+        training = replace(training, learning_rate=section.learning_rate)
+    domains = config.data.domains
+    left_out = set(domains) - set(section.domains) if section.domains else set()
+    excluded = tuple(d for d in domains if d in left_out | set(config.data.exclude_domains))
+    own = "llama" if config.model.type == "lora" else config.model.type
     return replace(
         config,
-        data=replace(config.data, added_domains=()),
+        data=replace(config.data, added_domains=(), novel_domains=(), exclude_domains=excluded),
         partition=PartitionConfig(method="language", n=1),
-        model=replace(config.model, init_from="", type=section.type or config.model.type),
-        training=training,
+        model=replace(config.model, init_from="", type=section.type or own),
+        training=replace(training, added_from=""),
     )
 
 

@@ -26,9 +26,10 @@ from safetensors import SafetensorError
 from tiered.domains import CODES
 from tiered.store import UserError
 
+ROUTED_INSIDE = ("phatgoose", "glider", "average_activation", "arrow")  # in every linear map
 MAX_BASE_LEVELS = 3
 _NOVEL_TOO = ("tokenizer.train_domains", "data.tokens_per_domain")  # may name novel domains
-FAMILIES = ("monet", "llama", "mixtral", "demix", "domain_token")
+FAMILIES = ("monet", "llama", "mixtral", "demix", "domain_token", "lora")
 SHARED_TRUNK = ("demix", "domain_token")  # one training makes the models of all partitions
 SPLITS = ("train", "validation", "test", "router", "holdout", "calibration")
 CANARY = "canary"  # a split of rows of random tokens, where data.canaries asks for them
@@ -251,7 +252,8 @@ class ModelConfig:
         "monet",
         "model family (tiered/methods.py); llama: dense; mixtral: mixture of feed-forward experts;"
         " of one trunk that all partitions share, demix: a feed-forward expert per partition,"
-        " domain_token: a token per partition before every row",
+        " domain_token: a token per partition before every row; lora: low-rank updates of a frozen"
+        " seed LM (init_from)",
         choices=FAMILIES,
     )
     init_from: str = opt(
@@ -289,6 +291,10 @@ class ModelConfig:
     )
     num_experts: int = opt(8, "mixtral: experts per layer", low=1)
     num_experts_per_tok: int = opt(2, "mixtral: experts per token", low=1)
+    lora_rank: int = opt(16, "lora: rank of the updates", low=1)
+    lora_alpha: float = opt(1.0, "lora: their scale is lora_alpha / lora_rank", low=0)
+    lora_gate_steps: int = opt(100, "lora: steps in which the gates are trained", low=1)
+    lora_gate_learning_rate: float = opt(5e-3, "lora: peak learning rate of the gates", low=0)
     router_aux_loss_coef: float = opt(1e-2, "mixtral: weight of the load-balancing loss", low=0)
 
 
@@ -298,7 +304,7 @@ class SeedConfig:
 
     type: str = opt(
         "",
-        "family; empty: model.type; llama for model.type mixtral: sparse upcycling",
+        "family; empty: model.type (of lora: llama); llama for model.type mixtral: upcycling",
         choices=("", *FAMILIES),
     )
     split: str = opt(
@@ -308,6 +314,8 @@ class SeedConfig:
     )
     share: float = opt(0.5, "its share of the training documents (split train)", low=0, high=1)
     num_train_epochs: float = opt(0.0, "passes over them; 0: as training", low=0)
+    learning_rate: float = opt(0.0, "its peak learning rate; 0: as training", low=0)
+    domains: tuple[str, ...] = opt((), "domains that it is trained on; empty: all")
 
 
 @dataclass(frozen=True)
@@ -379,10 +387,12 @@ class EvalConfig:
         (),
         "mixtures of all partition models' probabilities (n forward passes): weights by distance"
         " (c-BTM), Bayes posteriors (DEMix, BTM), equal; hindsight: the row's best partition, a"
-        " bound; parameter_average: one model of mean weights",
+        " bound; parameter_average: one model of mean weights; of model.type lora, experts chosen"
+        " in every linear map (one forward pass): phatgoose, glider, average_activation, arrow",
         choices=(
             *("distance", "bayes_uniform", "bayes_updating", "bayes_cached"),
             *("average", "hindsight", "parameter_average"),
+            *("phatgoose", "glider", "average_activation", "arrow"),
         ),
     )
     temperatures: tuple[float, ...] = opt(
@@ -401,6 +411,15 @@ class EvalConfig:
         "cumulative",
         "evidence of Bayes posteriors: all earlier tokens, or the last one (DEMix's public code)",
         choices=("cumulative", "last_token"),
+    )
+    experts_per_token: int = opt(
+        2, "phatgoose, glider, average_activation, arrow: experts of a token; 0: all", low=0
+    )
+    glider_threshold: float = opt(
+        0.8, "glider: cosine from which a query is taken for one that an expert was trained on"
+    )
+    glider_alphas: tuple[float, ...] = opt(
+        (100.0, 3.0), "glider: weight of the global score from the threshold on, and below", low=0
     )
     cached_rows: int = opt(100, "validation rows that make the cached prior", low=1)
     context_lengths: tuple[int, ...] = opt(
@@ -853,6 +872,7 @@ def check(config: Config) -> Config:
         "tokenizer.train_domains": config.tokenizer.train_domains,
         # the others are files, read where the run is opened
         "unlearn.sequence": config.unlearn.sequence,
+        "seed_lm.domains": config.seed_lm.domains,
         "unlearn.forget": tuple(f for f in config.unlearn.forget if not Path(f).is_file()),
     }
     if isinstance(data.tokens_per_domain, dict):
@@ -912,6 +932,15 @@ def _check_training(config: Config) -> None:
         raise UserError(
             "training.split: a cluster's domains are counted in the train split; train on that"
         )
+    if config.model.type == "lora" and not config.model.init_from:
+        raise UserError("model.init_from: lora needs a seed LM to update (`seed`, or a folder)")
+    inside = [m for m in config.eval.mixtures if m in ROUTED_INSIDE]
+    if inside and config.model.type != "lora":
+        raise UserError(f"eval.mixtures: {inside[0]} routes experts of model.type lora")
+    if "glider" in inside and config.partition.method == "cluster":
+        raise UserError("eval.mixtures: glider needs cosines; a cluster map's router has distances")
+    if len(config.eval.glider_alphas) != 2:
+        raise UserError("eval.glider_alphas: two numbers, from the threshold on and below it")
     if config.model.type in SHARED_TRUNK:
         _check_shared_trunk(config)
     if section.added_from and not config.data.added_domains:
@@ -922,9 +951,8 @@ def _check_training(config: Config) -> None:
                 f"seed_lm.share: {seed.share:g} leaves nothing for the seed LM or the partitions"
                 " (model.init_from: seed); it must be between 0 and 1"
             )
-        if (seed.type or config.model.type) != config.model.type and (
-            (seed.type, config.model.type) != ("llama", "mixtral")
-        ):
+        pair = (seed.type or config.model.type, config.model.type)
+        if pair[0] != pair[1] and pair[1] != "lora" and pair != ("llama", "mixtral"):
             raise UserError(
                 f"seed_lm.type: a {config.model.type} cannot start from a {seed.type}"
                 " (a mixtral can from a llama)"

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel
 
-from tiered.config import Config, plain
+from tiered.config import ROUTED_INSIDE, Config, plain
 from tiered.data import ProcessedData, Rows, unigram_log_probs
 from tiered.metrics import UNDEFINED, bits_per_byte, maximal_nmi, partition_nmi
 from tiered.mixtures import MIXTURES, Evidence, MixtureSettings, mix
@@ -253,7 +253,7 @@ def mixture_settings(config: Config) -> dict[str, tuple[str, MixtureSettings]]:
     """Every configured mixture by its label: its name and its settings."""
     section, found = config.eval, {}
     for name in section.mixtures:
-        swept = name not in ("average", "hindsight", "parameter_average")
+        swept = name not in ("average", "hindsight", "parameter_average", *ROUTED_INSIDE)
         for top_k in section.top_k if swept else (0,):
             # one partition alone has weight 1 at every temperature
             warm = name == "distance" and top_k != 1
@@ -294,11 +294,13 @@ def score_mixtures(
     rows: Rows,
     earlier: Rows,
     cache: ScoreCache | None = None,
+    inside: PreTrainedModel | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """Summed nats per row (R,) of every configured mixture, from one pass of every partition; and
     those (R, N) of every partition alone, NaN where it is absent (None: none was needed).
 
-    earlier: rows that make the cached prior. Weights of a position come from tokens up to it.
+    earlier: rows that make the cached prior; inside: the model that routes its experts itself.
+    Weights of a position come from tokens up to it.
     """
     wanted, batch_rows = mixture_settings(config), config.eval.batch_rows
     results = {}
@@ -309,6 +311,10 @@ def score_mixtures(
             ids = torch.from_numpy(np.ascontiguousarray(rows.input_ids))
             nll = score_prefixes(merged, ids, ids.shape[1] - 1, batch_rows)["nll"]
             results["parameter_average"] = nll.double().sum(1).numpy()
+    for name in ROUTED_INSIDE:
+        if name in wanted:
+            del wanted[name]
+            results[name] = score_inside(config, model, inside, rows.input_ids, name)
     if not wanted:
         return results, None
     cached = any(name == "bayes_cached" for name, _ in wanted.values())
@@ -324,6 +330,35 @@ def score_mixtures(
         nats = mix(MIXTURES[name](evidence, settings), log_probs)
         results[label] = nats.sum(1).numpy()
     return results, -log_probs.sum(1).numpy()
+
+
+@torch.inference_mode()
+def score_inside(
+    config: Config,
+    model: TieredForCausalLM,
+    inside: PreTrainedModel,
+    input_ids: np.ndarray,
+    routing: str,
+) -> np.ndarray:
+    """Summed nats per row (R,) of tokens (R, T) under experts chosen in every linear map.
+
+    Glider's query is what the router reads before it decides: the first router.context_tokens
+    tokens, and for the positions among them what there is so far; its embedding is the router's.
+    """
+    ids, parts = torch.from_numpy(np.ascontiguousarray(input_ids)), []
+    for batch in ids.split(config.eval.batch_rows):
+        tokens, given = batch[:, :-1].to(model.device), {}
+        if routing == "glider":
+            cosines = model.router.scores(tokens)[..., inside.experts]
+            decides = config.router.context_tokens - 1
+            cosines[:, decides:] = cosines[:, decides : decides + 1]
+            given["cosines"] = cosines
+        logits = inside(tokens, routing=routing, use_cache=False, **given).logits.float()
+        nll = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch[:, 1:].flatten().to(logits.device), reduction="none"
+        )
+        parts.append(nll.view(len(batch), -1).double().sum(1).cpu())
+    return torch.cat(parts).numpy()
 
 
 class ExpertTable:
@@ -360,9 +395,13 @@ def evaluate_mixtures(
     model: TieredForCausalLM,
     cache: ScoreCache | None = None,
     progress: Progress = plain_progress,
+    inside: PreTrainedModel | None = None,
 ) -> tuple[dict[str, Any], pa.Table]:
     """Bits per byte and perplexity of every configured mixture, per domain and macro, with the
-    perplexity of every partition's model on every domain and cluster; row sums."""
+    perplexity of every partition's model on every domain and cluster; row sums.
+
+    inside: the model of all experts that routes them itself, if a mixture asks for one.
+    """
     domains: dict[str, Any] = {}
     tables = []
     experts = {"domain": ExpertTable(), "cluster": ExpertTable()}
@@ -372,7 +411,7 @@ def evaluate_mixtures(
         earlier = data.rows(domain, stream, config.eval.cached_rows)
         tokens, size = rows.input_ids.shape[1] - 1, rows.token_bytes[:, 1:].sum(1)
         domains[domain] = {}
-        found, alone = score_mixtures(config, model, rows, earlier, cache)
+        found, alone = score_mixtures(config, model, rows, earlier, cache, inside)
         if alone is not None:
             experts["domain"].add([domain] * len(alone), alone, tokens)
             if partitions.method == "cluster":

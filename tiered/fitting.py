@@ -168,13 +168,15 @@ def average_statistics(model: torch.nn.Module) -> None:
 
 @dataclass
 class Fit:
-    """One training job: where it is kept, from which seed, with which arguments."""
+    """One training job: where it is kept, from which seed, with which arguments; earlier_seconds:
+    what the training that it goes on from took."""
 
     folder: Path
     label: str
     seed: int
     arguments: dict[str, Any]
     record: dict[str, Any] = field(default_factory=dict)
+    earlier_seconds: float = 0.0
 
     @property
     def checkpoints(self) -> Path:
@@ -240,6 +242,7 @@ def _publish(
             **finish(model, path),
         }
         write_json(path / "record.json", record)
+        seconds += job.earlier_seconds
         timings = {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
         write_json(path / TIMINGS, timings)
     shutil.rmtree(job.checkpoints, ignore_errors=True)

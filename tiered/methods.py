@@ -47,6 +47,10 @@ OWN_FIELDS = {  # of the model section, by family; the others are of all familie
         *("uniformity_loss_coef", "ambiguity_loss_coef", "freeze_router"),
     ),
     **dict.fromkeys(("llama", "demix", "domain_token"), ("intermediate_size",)),
+    "lora": (
+        *("intermediate_size", "lora_rank", "lora_alpha"),
+        *("lora_gate_steps", "lora_gate_learning_rate"),
+    ),
     "mixtral": (
         *("intermediate_size", "num_experts", "num_experts_per_tok"),
         "router_aux_loss_coef",
@@ -208,6 +212,7 @@ MODELS: dict[str, ModelKind] = {
     "monet": ModelKind(monet_config, MonetForCausalLM, monet_card),
     "llama": ModelKind(llama_config, LlamaForCausalLM, plain_card),
     "mixtral": ModelKind(mixtral_config, MixtralForCausalLM, plain_card),
+    "lora": ModelKind(llama_config, LlamaForCausalLM, plain_card),  # merged; trained by peft
     "demix": ModelKind(demix_config, DemixForCausalLM, plain_card, shared=True),
     "domain_token": ModelKind(domain_token_config, DomainTokenForCausalLM, plain_card, shared=True),
 }

@@ -27,7 +27,8 @@ TRAINING_CODE = (
     *(f"tiered/{name}.py" for name in ("blocks", "branching", "data", "fitting", "joint")),
     *(f"tiered/{name}.py" for name in ("methods", "modeling_tiered", "nearest", "partition")),
     *(f"tiered/{name}.py" for name in ("router", "shared_trunk", "training")),
-    *(f"tiered/baselines/modeling_{name}.py" for name in ("demix", "domain_token")),
+    *(f"tiered/baselines/modeling_{name}.py" for name in ("demix", "domain_token", "lora_experts")),
+    "tiered/baselines/lora_experts.py",
 )
 SCORING_CODE = tuple(
     f"tiered/{name}.py"

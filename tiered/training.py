@@ -169,6 +169,19 @@ def train_partition(
         },
     )
 
+    if config.model.type == "lora":
+        from tiered.baselines.lora_experts import train_expert  # peft takes seconds to import
+
+        train_expert(
+            config,
+            job,
+            start,
+            blocks,
+            data.separator_id if config.data.separate_documents else None,
+            lambda path: _copy_tokenizer(data, path),
+        )
+        return folder
+
     def make() -> PreTrainedModel:
         model = kind.build(model_config)
         if start is not None:
@@ -227,7 +240,7 @@ def _adapt(
     blocks: np.ndarray,
     counts: dict[str, int],
 ) -> None:
-    """Domain-adaptive pretraining (DEMix, arXiv:2108.05036, section 5): the model of an added domain
+    """Domain-adaptive pretraining (DEMix, arXiv:2108.05036, section 5): an added domain's model
     goes on from the nearest partition's; a shared trunk stays as it is."""
     (domain,) = partitions.members[k]
     quiet = replace(config, overwrite=False)
