@@ -1,4 +1,4 @@
-"""Speed and memory of Monet, as ratios measured side by side in one run.
+"""Speed and memory of the models, as ratios measured side by side in one run.
 
 Every contender lives in a process of its own (its peak memory is its own); they take turns, one
 step each per round, and the median over the rounds is compared with ours. The matrix products that
@@ -12,6 +12,9 @@ no implementation can avoid take part as a contender: the floor.
     python scripts/bench.py systems --config configs/cbtm/k01.yaml configs/cbtm/k16.yaml
     python scripts/bench.py attacks --length 128 --tokens 128000 --vocab 4096    # 1,000 rows
     python scripts/bench.py clusters --vectors 10000 100000 1000000
+    python scripts/bench.py demix --domains 16 --hidden 512 --heads 8 --tokens 4096
+    python scripts/bench.py mixing --domains 16 --hidden 512 --heads 8
+    python scripts/bench.py lora --domains 16 --hidden 512 --heads 8
 
 --reference names any file that offers MonetConfig and MonetForCausalLM; it may run in another
 interpreter, whose libraries differ from ours.
@@ -42,6 +45,9 @@ CASES = {
     "systems": (),  # the runs of --config, the first of which the others are compared with
     "clusters": ("ours", "scikit-learn"),
     "attacks": ("ours", "loss only", "log-softmax"),
+    "demix": ("ours", "dense"),
+    "mixing": ("ours", "one by one", "one model"),
+    "lora": ("ours", "glider", "arrow", "base"),
 }
 OLMOE_EXPERTS, OLMOE_ACTIVE = 64, 8
 
@@ -143,6 +149,11 @@ def make_step(kind: str, case: str, size: dict[str, Any]) -> Callable[[], None]:
         return routing_step("ours", size, kind)
     if case == "clusters":
         return clusters_step(kind, size)
+    if case in ("demix", "mixing", "lora"):
+        sys.path.insert(0, str(ROOT))
+        from bench_experts import expert_step
+
+        return expert_step(kind, case, size)
     model = build_model(kind, size)
     rows = max(1, size["tokens"] // size["length"])
     ids = torch.randint(1, size["vocab"], (rows, size["length"]), device=device_of(size))
@@ -463,7 +474,9 @@ def title_of(given: argparse.Namespace, tokens: int) -> tuple[str, int]:
     if given.case in ("routing", "systems"):
         return f"{given.case}: {' '.join(given.config)}, {given.rows} rows per domain", 0
     made = given.batch * given.new_tokens if given.case == "generate" else tokens
-    size = f"hidden {given.hidden}, {given.experts} experts, vocabulary {given.vocab:,}"
+    shared = given.case in ("demix", "mixing", "lora")
+    count = given.domains if shared else given.experts
+    size = f"hidden {given.hidden}, {count} experts, vocabulary {given.vocab:,}"
     return f"{given.case}: {made:,} tokens, {size}", made
 
 
@@ -474,7 +487,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("case", choices=CASES)
     sizes = {"hidden": 196, "experts": 32, "vocab": 8192, "layers": 8, "heads": 32, "length": 256}
-    sizes |= {"topk": 8, "groups": 4, "moe-dim": 8, "moe-heads": 8}
+    sizes |= {"domains": 16, "topk": 8, "groups": 4, "moe-dim": 8, "moe-heads": 8}
     sizes |= {"batch": 1, "prompt": 32, "new-tokens": 64, "rounds": 7}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")

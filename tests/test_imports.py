@@ -20,7 +20,8 @@ ALLOWED = {
     "workers": {"store"},
     "runs": {"store"},
     "report_unlearning": {"metrics", "runs", "statistics", "store"},
-    "report": {"report_unlearning", "runs", "store"},
+    "report_trunk": {"runs", "store"},
+    "report": {"report_trunk", "report_unlearning", "runs", "store"},
     **{leaf: set() for leaf in LEAVES},
 }
 SHADOWED = {"datasets", "evaluate", "tokenizers", "accelerate", "wandb", "torch", "transformers"}

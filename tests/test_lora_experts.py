@@ -31,6 +31,7 @@ from tiered.config import load
 from tiered.data import ProcessedData
 from tiered.evaluation import score_inside
 from tiered.partition import make_partition_map
+from tiered.report import build
 from tiered.router import load_models, load_router, run_models, tiered_model
 from tiered.store import UserError, read_json, tree_hashes
 
@@ -257,7 +258,7 @@ model: {type: lora, init_from: seed, num_attention_heads: 2, lora_rank: 4, lora_
 training: {learning_rate: 5e-3}
 seed_lm: {learning_rate: 4e-3}
 eval:
-  mixtures: [phatgoose, glider, average_activation, arrow, parameter_average, average]
+  mixtures: [base, phatgoose, glider, average_activation, arrow, parameter_average, average]
 unlearn: {operations: [original, gold, delete-S1, sisa]}
 """
 
@@ -328,7 +329,7 @@ def test_gate_training_leaves_all_else_without_gradient(project):
 def test_evaluation_of_experts_routed_inside(project, monkeypatch):
     utility = read_json(project / "runs/lora/eval/utility.json")
     mixtures = utility["mixtures"]
-    for name in ("phatgoose", "glider", "average_activation", "arrow", "parameter_average"):
+    for name in ("base", "phatgoose", "glider", "average_activation", "arrow", "parameter_average"):
         assert 0 < mixtures["macro"][name]["bpb"] < 20
         assert 0 < mixtures["novel_macro"][name]["bpb"] < 20
     monkeypatch.chdir(project)
@@ -383,7 +384,7 @@ def test_mistakes_in_a_config_are_one_line(project, monkeypatch):
     monkeypatch.chdir(project)
     for override, text in (
         ("model.init_from=", "model.init_from: lora needs a seed LM"),
-        ("model.type=llama", "eval.mixtures: phatgoose routes experts of model.type lora"),
+        ("model.type=llama", "eval.mixtures: base routes experts of model.type lora"),
         ("eval.glider_alphas=3", "eval.glider_alphas: two numbers"),
         ("seed_lm.domains=fr", "seed_lm.domains: 'fr' is not in data.domains"),
     ):
@@ -397,3 +398,22 @@ def test_adapters_read_back_by_module(project):
         *("a", "b", "gates", "averages")
     }
     assert found["model.layers.0.mlp.up_proj"]["b"].shape == (48, 4)
+
+
+def test_report_has_held_in_and_held_out_by_every_way_to_choose(project, tmp_path):
+    build([project / "runs/lora", project / "runs/clean"], tmp_path)
+    text = (
+        tmp_path / "tables/lora_experts__held_in_and_held_out__t8__bits_per_byte.csv"
+    ).read_text()
+    utility = read_json(project / "runs/lora/eval/utility.json")
+    macro, novel = (utility["mixtures"][n]["glider"]["bpb"] for n in ("macro", "novel_macro"))
+    line = f'lora,"Glider, per token and linear map, and per query",{macro:.3f},{novel:.3f}'
+    assert line in text.splitlines()
+    assert "retrieval, per row" in text and "none: the seed LM alone" in text
+    # the seed counts once beside three experts
+    records = [
+        read_json(p / "record.json")["parameters"] for p in folders(project, "lora").values()
+    ]
+    seed = read_json(project / "runs/lora/seed_lm/record.json")["parameters"]["total"]
+    sizes = (tmp_path / "tables/sizes.csv").read_text()
+    assert f'"{seed + sum(r["own"] for r in records):,}"' in sizes

@@ -1,6 +1,7 @@
 """Models of a shared trunk as partitions of a run: DEMix and domain tokens from raw text to
 unlearning."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tiered.baselines.modeling_demix import DemixForCausalLM
 from tiered.config import load
 from tiered.data import ProcessedData
 from tiered.partition import make_partition_map
+from tiered.report import build
 from tiered.shared_trunk import OWN, SHARED, own_weights
 from tiered.store import UserError, read_json, tree_hashes
 
@@ -236,3 +238,34 @@ def test_mistakes_in_a_config_are_one_line(project, monkeypatch):
 
     with pytest.raises(UserError, match=r"8 rows per optimizer step .* 3 partitions"):
         train_whole(config, ProcessedData(config), make_partition_map(config))
+
+
+def test_report_has_the_tables_of_novel_domains_and_adaptation(project, tmp_path):
+    page = build([project / f"runs/{n}" for n in CONFIGS], tmp_path)
+    assert page.is_file()
+
+    def rows(name):
+        with (tmp_path / f"tables/{name}.csv").open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    (adapted,) = rows("adaptation_to_added_domains__t7__perplexity")
+    utility = read_json(project / "runs/adapted/eval/utility.json")
+    table = utility["mixtures"]["expert_perplexity"]["domain"]
+    start = read_json(project / "runs/adapted/models/3/record.json")["started_from"]["partition"]
+    assert adapted["added"] == "en" and adapted["trained parameters"] == "4,608"
+    assert adapted["added domain, before"] == f"{table['en'][start]:.1f}"
+    assert adapted["added domain, after"] == f"{table['en'][3]:.1f}"
+    old = ("hi", "si", "de")[start]
+    assert adapted["old domains, adapted model"] == f"{table[old][3]:.1f}"
+    novel = rows("novel_domains__t7__bits_per_byte")
+    found = {(r["experiment"], r["mixture"]): r for r in novel}
+    stored = read_json(project / "runs/demix/eval/utility.json")
+    average = stored["mixtures"]["novel_macro"]["average"]["bpb"]
+    assert found["demix", "average"]["novel domains"] == f"{average:.3f}"
+    # the trunk counts once: 3 experts of 4,608 in 2 layers, and one of everything else
+    sizes = {r["experiment"]: r for r in rows("sizes")}
+    whole = read_json(project / "runs/demix/models/0/record.json")["parameters"]
+    assert sizes["demix"]["parameters, all models"] == f"{whole['total'] + 2 * 4608:,}"
+    assert sizes["token"]["parameters, all models"] == f"{whole['total'] + 3 * 16:,}"
+    floors = rows("floors")
+    assert any("in all 3 domains" in r["floor"] for r in floors if r["experiment"] == "demix")

@@ -95,6 +95,8 @@ def trained_rows(
         own = branching.seed_config(config)
         jobs.append((own, make_partition_map(own)))
     for made, assigned in jobs:
+        if domain not in made.present_domains:
+            continue  # a seed LM of other domains
         if made.training.split == "train" and assigned.touched(domain):
             keep = branching.used(made, domain, ids)
             keep = np.ones(len(ids), dtype=bool) if keep is None else keep

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from tiered.domains import CODES
 from tiered.store import UserError
 
-ROUTED_INSIDE = ("phatgoose", "glider", "average_activation", "arrow")  # in every linear map
+ROUTED_INSIDE = ("base", "phatgoose", "glider", "average_activation", "arrow")  # of LoRA experts
 MAX_BASE_LEVELS = 3
 _NOVEL_TOO = ("tokenizer.train_domains", "data.tokens_per_domain")  # may name novel domains
 FAMILIES = ("monet", "llama", "mixtral", "demix", "domain_token", "lora")
@@ -388,11 +388,12 @@ class EvalConfig:
         "mixtures of all partition models' probabilities (n forward passes): weights by distance"
         " (c-BTM), Bayes posteriors (DEMix, BTM), equal; hindsight: the row's best partition, a"
         " bound; parameter_average: one model of mean weights; of model.type lora, experts chosen"
-        " in every linear map (one forward pass): phatgoose, glider, average_activation, arrow",
+        " in every linear map (one forward pass): base (none of them),"
+        " phatgoose, glider, average_activation, arrow",
         choices=(
             *("distance", "bayes_uniform", "bayes_updating", "bayes_cached"),
             *("average", "hindsight", "parameter_average"),
-            *("phatgoose", "glider", "average_activation", "arrow"),
+            *ROUTED_INSIDE,
         ),
     )
     temperatures: tuple[float, ...] = opt(

@@ -353,7 +353,8 @@ def score_inside(
             decides = config.router.context_tokens - 1
             cosines[:, decides:] = cosines[:, decides : decides + 1]
             given["cosines"] = cosines
-        logits = inside(tokens, routing=routing, use_cache=False, **given).logits.float()
+        name = "none" if routing == "base" else routing
+        logits = inside(tokens, routing=name, use_cache=False, **given).logits.float()
         nll = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), batch[:, 1:].flatten().to(logits.device), reduction="none"
         )

@@ -25,6 +25,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from tiered.report_trunk import trunk_tables
 from tiered.report_unlearning import (
     forget_plots,
     forget_tables,
@@ -57,8 +58,8 @@ def size_table(runs: list[Run]) -> list[dict[str, str]]:
                 "experiment": run.name,
                 "n": str(run.n),
                 "models": str(len(records)),
-                "parameters, all models": cell(sum(c["total"] for c in counts)),
-                "non-embedding": cell(sum(c["non_embedding"] for c in counts)),
+                "parameters, all models": cell(_stored(run, counts, "total")),
+                "non-embedding": cell(_stored(run, counts, "non_embedding")),
                 "computed per token, one model": cell(counts[0]["computed_per_token"]),
                 "selected per token, one model": cell(counts[0]["selected_per_token"]),
                 "FLOPs per token, forward": cell(counts[0]["forward_flops_per_token"]),
@@ -72,6 +73,16 @@ def size_table(runs: list[Run]) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def _stored(run: Run, counts: list[dict[str, int]], name: str) -> int:
+    """Parameters of all models of a run; what they share counts once."""
+    if "own" not in counts[0]:
+        return sum(c[name] for c in counts)
+    own = sum(c["own"] for c in counts)
+    # a part of a trunk has its own share inside, a LoRA expert is merged into the seed's weights
+    inside = 0 if run.config["model"]["type"] == "lora" else counts[0]["own"]
+    return own + counts[0][name] - inside
 
 
 def macro_table(runs: list[Run]) -> list[dict[str, str]]:
@@ -133,7 +144,7 @@ def partition_table(runs: list[Run]) -> list[dict[str, str]]:
 def _models_per_domain(run: Run) -> float:
     """Partitions that hold data of a domain, mean over domains."""
     groups = run.utility["partitions"]
-    return float(np.mean([sum(d in g for g in groups) for d in run.utility["domains"]]))
+    return float(np.mean([sum(d in g for g in groups) for d in run.domains]))
 
 
 def mixture_table(runs: list[Run]) -> list[dict[str, str]]:
@@ -200,7 +211,7 @@ def floor_table(runs: list[Run]) -> list[dict[str, str]]:
     """Floors below which a run is a toy: utility, routing, power of the attack."""
     rows = []
     for run in runs:
-        cells = run.utility["domains"]
+        cells = run.domains
         figures = {d: c["scopes"][run.scope] for d, c in cells.items()}
         below = [d for d, f in figures.items() if f != "undefined" and f["bpb"] < f["unigram_bpb"]]
         gain = run.gain
@@ -248,7 +259,7 @@ def _floor(run: Run, claim: str, holds: bool, value: str) -> dict[str, str]:
 
 def _accuracy_at(run: Run, length: int) -> float | str:
     """Mean over domains of the routing accuracy of prefixes of a length."""
-    found = [d["routing_accuracy"] for d in run.utility["domains"].values()]
+    found = [d["routing_accuracy"] for d in run.domains.values()]
     if any(isinstance(f, str) or str(length) not in f for f in found):
         return "undefined"
     return float(np.mean([f[str(length)] for f in found]))
@@ -345,7 +356,7 @@ def plot_routing(runs: list[Run]) -> plt.Figure:
         counts = np.array(run.utility["routing"]["confusion"], dtype=float)
         share = counts / counts.sum(1, keepdims=True)
         image = axes.imshow(share, cmap="Greys", vmin=0, vmax=1, aspect="auto")
-        axes.set_yticks(range(len(share)), list(run.utility["domains"]))
+        axes.set_yticks(range(len(share)), list(run.domains))
         axes.set_xticks(range(run.n))
         axes.set_xlabel("partition")
         axes.set_title(run.label, fontsize=10)
@@ -357,7 +368,7 @@ def plot_routing(runs: list[Run]) -> plt.Figure:
 def plot_mixtures(runs: list[Run]) -> plt.Figure | None:
     """What distance mixtures change against the run's own top-1: by how many models are mixed, and
     by T."""
-    runs = [r for r in runs if r.n > 1 and "mixtures" in r.utility]
+    runs = [r for r in runs if r.n > 1 and "mixtures" in r.utility and _distance_mixtures(r)]
     if not runs:
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
@@ -475,6 +486,7 @@ def build(folders: list[Path], output: Path) -> Path:
     }
     if any("mixtures" in run.utility for run in runs):
         tables["Mixtures (bits per byte, macro over domains)"] = mixture_table(runs)
+    tables |= {title: rows for title, rows in trunk_tables(runs).items() if rows}
     for run in runs:
         if (_clusters(run) or {}).get("top_terms"):
             tables[f"Clusters of {run.name}"] = term_table(run)

@@ -607,7 +607,7 @@ def plot_rerouting(runs: list[Run], forget: str) -> plt.Figure | None:
     )
     panels = grid[0].tolist()
     for i, run in enumerate(shown):
-        domains = list(run.utility["domains"])
+        domains = list(run.domains)
         for axes, (operation, title) in zip(
             panels[2 * i : 2 * i + 2],
             (("original", "before"), ("delete-S1", "after S1")),
@@ -657,7 +657,7 @@ def forget_plots(runs: list[Run], forget: str) -> dict[str, tuple[str, plt.Figur
 
 def _with_domain(runs: list[Run], forget: str) -> list[Run]:
     """Runs in which the forget set is a domain (a file of documents has no row of its own)."""
-    return [run for run in runs if forget in run.utility["domains"]]
+    return [run for run in runs if forget in run.domains]
 
 
 # ---------------------------------------------------------------- plots over forget sets
@@ -824,8 +824,8 @@ def plot_cost(runs: list[Run]) -> plt.Figure | None:
     runs = [r for r in sorted(runs, key=lambda r: r.n) if r.unlearning]
     if not runs:
         return None
-    first = next(iter(runs[0].unlearning.values()))
-    names = [n for n in first if n != "original" and not is_seed(n)]
+    tables = [table for run in runs for table in run.unlearning.values()]
+    names = dict.fromkeys(n for t in tables for n in t if n != "original" and not is_seed(n))
     bars = len(runs) * len(names)
     figure, axes = plt.subplots(figsize=(7, 1.2 + 0.14 * bars), layout="constrained")
     width = 0.8 / len(runs)
@@ -844,7 +844,7 @@ def plot_cost(runs: list[Run]) -> plt.Figure | None:
             label = None
     axes.set_xscale("log")
     axes.set_xlim(left=floor)
-    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set_yticks(range(len(names)), list(names), fontsize=9)
     axes.invert_yaxis()
     axes.set_xlabel("time to remove one domain (seconds, log; n/a: not applicable)")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -855,7 +855,7 @@ def _mean_seconds(run: Run, name: str) -> float | None:
     found = [
         read_json(run.of_operation(forget, name, "timings.json"))["RTE_seconds"]
         for forget, operations in run.unlearning.items()
-        if "result" not in operations[name]
+        if "result" not in operations.get(name, {"result": "not run"})
     ]
     return float(np.mean(found)) if found else None
 

@@ -35,6 +35,12 @@ class Run:
         return len(self.utility["partitions"])
 
     @property
+    def domains(self) -> dict[str, Any]:
+        """Utility per domain that models were trained on; `novel_domains` are others."""
+        novel = self.utility.get("novel_domains", [])
+        return {d: entry for d, entry in self.utility["domains"].items() if d not in novel}
+
+    @property
     def scope(self) -> str:
         """The scope that unlearning is measured under."""
         return self.config["router"]["scope"]

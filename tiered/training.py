@@ -81,15 +81,20 @@ def seed_inputs(config: Config, data: ProcessedData) -> str | None:
     """Hash of what makes the model that partition models start from; None for random weights."""
     if branching.has_own_seed(config):
         own = branching.seed_config(config)
-        return model_inputs(own, data, make_partition_map(own), 0)
+        return model_inputs(own, _seed_data(own, data), make_partition_map(own), 0)
     return branching.outside_hash(config) if config.model.init_from else None
+
+
+def _seed_data(own: Config, data: ProcessedData) -> ProcessedData:
+    """The data of the domains that the seed LM is trained on."""
+    return data if own.present_domains == data.domains else ProcessedData(own)
 
 
 def train_seed(config: Config, data: ProcessedData) -> Path | None:
     """Folder of the model that partition models start from, trained if need be; None for none."""
     if branching.has_own_seed(config):
         own = branching.seed_config(config)
-        return train_partition(own, data, make_partition_map(own), 0, "seed LM")
+        return train_partition(own, _seed_data(own, data), make_partition_map(own), 0, "seed LM")
     if not config.model.init_from:
         return None
     folder = branching.outside_folder(config)
