@@ -2,6 +2,7 @@
 unlearning."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from tests.conftest import run_stages, tiny_project
+from tests.conftest import ROOT, run_stages, tiny_project
+from tests.test_distributed import torchrun
 from tiered.baselines.modeling_demix import DemixForCausalLM
 from tiered.config import load
 from tiered.data import ProcessedData
@@ -269,3 +271,24 @@ def test_report_has_the_tables_of_novel_domains_and_adaptation(project, tmp_path
     assert sizes["token"]["parameters, all models"] == f"{whole['total'] + 3 * 16:,}"
     floors = rows("floors")
     assert any("in all 3 domains" in r["floor"] for r in floors if r["experiment"] == "demix")
+
+
+def test_two_ranks_train_and_publish_what_one_process_does(project, tmp_path):
+    """Six rows of three experts a step: two micro-batches of one process, or one on each rank."""
+    for name in ("configs", "processed"):
+        shutil.copytree(project / name, tmp_path / name)
+    sizes = "training.per_device_train_batch_size=3"
+    alone = (f"output_dir={tmp_path / 'alone'}", "training.gradient_accumulation_steps=2")
+    run_stages(tmp_path, ("run_clm",), "configs/demix.yaml", sizes, *alone)
+    script = ROOT / "run_clm.py"
+    output = torchrun(tmp_path, 29563, script, "configs/demix.yaml", sizes)
+    assert output.count("demix partition 1:") == 1
+    for k in range(3):
+        one, two = (tmp_path / f"{n}/demix/models/{k}" for n in ("alone", "runs"))
+        records = [read_json(p / "record.json") for p in (one, two)]
+        assert records[0]["optimizer_steps"] == records[1]["optimizer_steps"]
+        assert records[0]["tokens"] == records[1]["tokens"]
+        for file in (OWN, SHARED):
+            first, second = load_file(one / file), load_file(two / file)
+            for name, value in first.items():
+                torch.testing.assert_close(second[name], value, rtol=1e-3, atol=2e-4, msg=name)

@@ -22,7 +22,7 @@ from tiered.metrics import UNDEFINED, bits_per_byte, maximal_nmi, partition_nmi
 from tiered.mixtures import MIXTURES, Evidence, MixtureSettings, mix
 from tiered.modeling_tiered import TieredForCausalLM, assign
 from tiered.partition import PartitionMap
-from tiered.record import SCORING_CODE, environment
+from tiered.record import SCORING_CODE, environment, training_environment
 from tiered.scoring import ScoreCache, TokenScores, score_prefixes, score_rows
 from tiered.store import code_hash, content_hash, digest, read_json
 
@@ -480,7 +480,7 @@ def evaluation_key(
             },
             "novel": data.novel_domains,
             "eval": plain(config.eval),
-            "environment": environment(config),
+            "environment": training_environment(config),  # LoRA experts are routed by their file
             "code": code_hash(*SCORING_CODE),
         }
     )

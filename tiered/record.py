@@ -27,9 +27,12 @@ TRAINING_CODE = (
     *(f"tiered/{name}.py" for name in ("blocks", "branching", "data", "fitting", "joint")),
     *(f"tiered/{name}.py" for name in ("methods", "modeling_tiered", "nearest", "partition")),
     *(f"tiered/{name}.py" for name in ("router", "shared_trunk", "training")),
-    *(f"tiered/baselines/modeling_{name}.py" for name in ("demix", "domain_token", "lora_experts")),
-    "tiered/baselines/lora_experts.py",
 )
+FAMILY_CODE = {  # model.type -> files that decide its models alone
+    "demix": ("tiered/baselines/modeling_demix.py",),
+    "domain_token": ("tiered/baselines/modeling_domain_token.py",),
+    "lora": ("tiered/baselines/modeling_lora_experts.py", "tiered/baselines/lora_experts.py"),
+}
 SCORING_CODE = tuple(
     f"tiered/{name}.py"
     for name in (
@@ -90,6 +93,12 @@ def environment(config: Config) -> dict[str, Any]:
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "code": code_hash(*TRAINING_CODE),
     }
+
+
+def training_environment(config: Config) -> list[Any]:
+    """What a trained model depends on besides its inputs: `environment`, and its family's code."""
+    own = FAMILY_CODE.get(config.model.type)
+    return [environment(config), *([code_hash(*own)] if own else [])]
 
 
 @functools.cache

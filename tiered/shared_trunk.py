@@ -24,7 +24,7 @@ from tiered.fitting import Fit, fit
 from tiered.joint import JointTrainer, LabelledBlocks, micro_batch_rows
 from tiered.methods import MODELS
 from tiered.partition import PartitionMap
-from tiered.record import environment, is_main_process
+from tiered.record import environment, is_main_process, training_environment
 from tiered.store import (
     TIMINGS,
     UserError,
@@ -87,7 +87,7 @@ def part_inputs(
 def whole_folder(config: Config, data: ProcessedData, partitions: PartitionMap) -> Path:
     """The whole model's place in the store."""
     inputs = whole_inputs(config, data, partitions)
-    return config.store_dir / "models" / digest([inputs, environment(config)])
+    return config.store_dir / "models" / digest([inputs, *training_environment(config)])
 
 
 def train_whole(config: Config, data: ProcessedData, partitions: PartitionMap) -> Path:

@@ -30,7 +30,7 @@ from tiered.joint import BalancedBlocks, micro_batch_rows
 from tiered.methods import MODELS
 from tiered.nearest import nearest_partition
 from tiered.partition import PartitionMap, make_partition_map
-from tiered.record import environment, set_up_process
+from tiered.record import environment, set_up_process, training_environment
 from tiered.store import (
     TOKENIZER_RECORD,
     UserError,
@@ -112,7 +112,7 @@ def model_folder(
     inputs = model_inputs(config, data, partitions, k)
     if inputs is None:
         return None
-    return config.store_dir / "models" / digest([inputs, environment(config)])
+    return config.store_dir / "models" / digest([inputs, *training_environment(config)])
 
 
 def check_models(
