@@ -19,8 +19,9 @@ PARTITION = np.array([0] * 8 + [2] * 8 + [5] * 4)
 
 def test_every_step_has_as_many_rows_of_every_partition_in_order():
     data = LabelledBlocks(BLOCKS, PARTITION, 2, 1.0, 7)
-    assert len(data) == 18  # 20 rows are 3.33 steps of six
-    labels = PARTITION[data.order].reshape(3, 6)
+    assert len(data) == 24  # the largest has eight rows, two a step
+    assert set(data.order) == set(range(20))  # every block is trained on
+    labels = PARTITION[data.order].reshape(4, 6)
     assert (labels == [0, 0, 2, 2, 5, 5]).all()
     items = [data[i] for i in range(6)]
     assert [item["domain_ids"].item() for item in items] == [0, 0, 2, 2, 5, 5]
@@ -28,10 +29,10 @@ def test_every_step_has_as_many_rows_of_every_partition_in_order():
 
 
 def test_a_partition_with_few_blocks_begins_them_anew():
-    order = BalancedBlocks(BLOCKS, PARTITION, 2, 2.0, 7).order  # 7 steps: 14 rows of each
+    order = BalancedBlocks(BLOCKS, PARTITION, 2, 2.0, 7).order  # 8 steps: 16 rows of each
     by_label = {k: order[PARTITION[order] == k] for k in (0, 2, 5)}
-    assert {k: len(rows) for k, rows in by_label.items()} == {0: 14, 2: 14, 5: 14}
-    for k, passes in ((0, 1), (2, 1), (5, 3)):
+    assert {k: len(rows) for k, rows in by_label.items()} == {0: 16, 2: 16, 5: 16}
+    for k, passes in ((0, 2), (2, 2), (5, 4)):
         rows = np.flatnonzero(k == PARTITION)
         for i in range(passes):
             chosen = by_label[k][i * len(rows) : (i + 1) * len(rows)]

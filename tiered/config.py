@@ -340,8 +340,8 @@ class TrainingConfig:
     min_batch_rows: int = opt(1, "floor of the constant_steps batch, rows", low=1)
     balanced: bool = opt(
         False,
-        "every optimizer step holds as many rows of each domain of the partition (demix and"
-        " domain_token: always, of each partition)",
+        "every optimizer step holds as many rows of each domain of the partition, and an epoch is a"
+        " pass over the largest (demix and domain_token: always, of each partition)",
     )
     added_from: str = opt(
         "",

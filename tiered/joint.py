@@ -8,6 +8,7 @@ are synchronised among the ranks that read it, shared ones among all.
 Shapes: B rows of a micro-batch, T tokens, K partitions with data, m rows of each per step.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -23,7 +24,8 @@ class BalancedBlocks(OrderedBlocks):
     """Blocks (rows, T) in steps of m rows of every partition (or domain).
 
     partition (rows,): whose each block is. Each partition's blocks come in seeded permutations of
-    their own, whatever others have: one with few begins them anew while others are in their first.
+    their own, whatever others have. An epoch is a pass over the largest, so that every block is
+    trained on; one with few blocks begins them anew meanwhile.
     """
 
     def __init__(
@@ -38,7 +40,8 @@ class BalancedBlocks(OrderedBlocks):
         super().__init__(blocks, epochs, seed, separator)
         self.partition = partition
         self.names = np.unique(partition)
-        steps = max(1, round(epochs * len(blocks) / (rows_of_each * len(self.names))))
+        largest = np.unique(partition, return_counts=True)[1].max()
+        steps = max(1, math.ceil(epochs * largest / rows_of_each))
         columns = [self._column(k, steps * rows_of_each, seed) for k in self.names]
         stacked = np.stack([c.reshape(steps, rows_of_each) for c in columns], 1)  # (steps, K, m)
         self.order = stacked.ravel()
