@@ -935,6 +935,11 @@ def _check_training(config: Config) -> None:
         )
     if config.model.type == "lora" and not config.model.init_from:
         raise UserError("model.init_from: lora needs a seed LM to update (`seed`, or a folder)")
+    if config.model.type == "lora" and section.added_from:
+        raise UserError(
+            "training.added_from: an added domain of model.type lora gets an expert on the same"
+            " seed LM as the others; leave it empty"
+        )
     inside = [m for m in config.eval.mixtures if m in ROUTED_INSIDE]
     if inside and config.model.type != "lora":
         raise UserError(f"eval.mixtures: {inside[0]} routes experts of model.type lora")

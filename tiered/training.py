@@ -71,7 +71,8 @@ def model_inputs(
     if adapts(config, partitions, k):
         own |= {
             "from": [model_inputs(config, data, partitions, j) for j in founding(partitions)],
-            "chosen_by": [data.split_hash(present[0], "validation"), config.eval.cached_rows],
+            "chosen_by": data.split_hash(present[0], "validation"),
+            "choice": [config.eval.cached_rows, config.eval.likelihood],
             "learning_rate": config.training.added_learning_rate,
         }
     return digest(own)
