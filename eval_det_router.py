@@ -27,7 +27,8 @@ from tiered.evaluation import (
 from tiered.partition import make_partition_map
 from tiered.record import device_of, start, timed
 from tiered.router import check_router, load_models, load_router, run_models, tiered_model
-from tiered.store import verify, write_json
+from tiered.store import UserError, read_json, verify, write_json
+from tiered.training import seed_inputs
 
 
 def routes_inside(config: Config) -> bool:
@@ -35,11 +36,19 @@ def routes_inside(config: Config) -> bool:
     return any(name in ROUTED_INSIDE for name in config.eval.mixtures)
 
 
-def experts_inside(config: Config, folders: dict[int, Path]) -> PreTrainedModel:
+def experts_inside(
+    config: Config, data: ProcessedData, folders: dict[int, Path]
+) -> PreTrainedModel:
     """The model of all of a run's LoRA experts, on the config's device."""
     from tiered.baselines.lora_experts import load_experts  # peft takes seconds to import
 
     base = config.run_dir / "seed_lm" if has_own_seed(config) else outside_folder(config)
+    if has_own_seed(config):
+        verify(base)
+        if read_json(base / "record.json")["inputs"] != seed_inputs(config, data):
+            raise UserError(
+                f"{base}: of another config or other data; run: python run_clm.py CONFIG"
+            )
     section = config.eval
     high, low = section.glider_alphas
     model = load_experts(
@@ -80,7 +89,7 @@ def main(config: Config) -> None:
             result, table = evaluate(config, data, partitions, model, cache, progress)
             # 4. mixtures: every partition's model on every row
             if config.eval.mixtures:
-                inside = experts_inside(config, folders) if routes_inside(config) else None
+                inside = experts_inside(config, data, folders) if routes_inside(config) else None
                 result["mixtures"], mixed = evaluate_mixtures(
                     config, data, partitions, model, cache, progress, inside
                 )

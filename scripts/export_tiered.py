@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tiered.config import Config, load  # noqa: E402
+from tiered.config import SHARED_TRUNK, Config, load  # noqa: E402
 from tiered.data import ProcessedData  # noqa: E402
 from tiered.partition import make_partition_map  # noqa: E402
 from tiered.router import (  # noqa: E402
@@ -49,8 +49,8 @@ def card(config: Config, run: Path, model: Any) -> str:
         f"# {run.name}",
         "",
         f"A tiered language model: a deterministic router over {len(parameters)} partition models,"
-        f" trained apart from one another (partition method `{config.partition.method}`). Each"
-        " token is predicted by the model of the partition that the text so far is nearest to.",
+        f" {_training(config)} (partition method `{config.partition.method}`). Each token is"
+        " predicted by the model of the partition that the text so far is nearest to.",
         "",
         "    from transformers import AutoModelForCausalLM, AutoTokenizer",
         "    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
@@ -82,6 +82,7 @@ def card(config: Config, run: Path, model: Any) -> str:
     if utility is None:
         lines.append("Not evaluated.")
     else:
+        domains = len(utility["routing"]["confusion"])  # novel ones apart
         lines += ["| routing | bits per byte | below the unigram |", "|---|---|---|"]
         for scope, figures in utility["macro"].items():
             if isinstance(figures, dict):
@@ -89,7 +90,7 @@ def card(config: Config, run: Path, model: Any) -> str:
                 lines.append(f"| {scope} | {figures['bpb']:.3f} | {gain} |")
         lines += [
             "",
-            f"Macro mean over {len(utility['domains'])} domains, split `{utility['split']}`.",
+            f"Macro mean over {domains} domains, split `{utility['split']}`.",
         ]
     lines += [
         "",
@@ -98,6 +99,15 @@ def card(config: Config, run: Path, model: Any) -> str:
         "Code: Apache-2.0. The weights derive from the data above and are bound by its terms.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _training(config: Config) -> str:
+    """How the partition models came to be, in words."""
+    if config.model.type in SHARED_TRUNK:
+        return "trained together with a trunk that all of them share"
+    if config.model.init_from:
+        return "started from one seed LM and trained apart from then on"
+    return "trained apart from one another"
 
 
 def _domains(value: list[Any]) -> str:

@@ -49,13 +49,13 @@ def test_a_partitions_order_does_not_depend_on_the_others():
 
 
 def test_rows_of_a_micro_batch_by_hand():
-    assert micro_batch_rows(16, 16, 16, 1) == 16
-    assert micro_batch_rows(16, 16, 15, 1) == 15  # gold: a partition has no data
-    assert micro_batch_rows(32, 4, 4, 8) == 4
+    assert micro_batch_rows(16, 16, 16, 1, "partitions") == 16
+    assert micro_batch_rows(16, 16, 15, 1, "partitions") == 15  # gold: a partition has no data
+    assert micro_batch_rows(32, 4, 4, 8, "domains") == 4
     with pytest.raises(UserError, match=r"per_device_train_batch_size: 24 rows .* 16 partitions"):
-        micro_batch_rows(24, 16, 16, 1)
+        micro_batch_rows(24, 16, 16, 1, "partitions")
     with pytest.raises(UserError, match=r"15 rows .* cannot be 2 equal micro-batches"):
-        micro_batch_rows(16, 16, 15, 2)
+        micro_batch_rows(16, 16, 15, 2, "partitions")
 
 
 def test_ranks_that_hold_a_partition_by_hand():

@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from tests.conftest import run_stages, tiny_project
 from tiered.baselines.lora_experts import (
     ADAPTER,
+    MEAN_ROWS,
     VECTORS,
     adapter_tensors,
     gate_model,
+    gates_and_averages,
     load_experts,
 )
 from tiered.baselines.modeling_lora_experts import (
@@ -27,13 +29,17 @@ from tiered.baselines.modeling_lora_experts import (
     right_singular_vector,
     top_weights,
 )
+from tiered.branching import seed_config
 from tiered.config import load
 from tiered.data import ProcessedData
 from tiered.evaluation import score_inside
+from tiered.fitting import OrderedBlocks, ResumableTrainer
 from tiered.partition import make_partition_map
+from tiered.record import set_up_process
 from tiered.report import build
 from tiered.router import load_models, load_router, run_models, tiered_model
 from tiered.store import UserError, read_json, tree_hashes
+from tiered.training import train_partition
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 2, "vocab_size": 50, "pad_token_id": 0}
@@ -304,6 +310,51 @@ def test_a_partitions_checkpoint_is_its_adapter_on_the_seed(project):
         assert record["gate_steps"] == 6
 
 
+@torch.inference_mode()
+def test_mean_activations_are_of_rows_from_all_over_the_training_text(project):
+    """Against a loop over rows and modules of the merged checkpoint's activations."""
+    folder = folders(project, "lora")[1]
+    model = gate_model(project / "runs/lora/seed_lm", folder / ADAPTER)
+    blocks = np.random.default_rng(0).integers(3, 400, (100, 32))
+    found = gates_and_averages(model, OrderedBlocks(blocks, 1.0, 0))
+    ordered = OrderedBlocks(blocks, 1.0, 0)
+    merged, seen = AutoModelForCausalLM.from_pretrained(folder), []
+    name = "model.layers.1.mlp.gate_proj"
+    merged.get_submodule(name).register_forward_pre_hook(lambda m, i: seen.append(i[0][0]))
+    for i in np.linspace(0, 99, MEAN_ROWS).round().astype(int).tolist():
+        merged(ordered[i]["input_ids"][None])
+    states = torch.cat(seen)
+    expected = (states / states.norm(dim=-1, keepdim=True)).mean(0)
+    torch.testing.assert_close(found[f"averages.{name}"], expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(found[f"gates.{name}"], model.routed()[name].gates[0])
+
+
+def test_a_killed_adapter_and_killed_gates_resume_to_the_same_files(project, tmp_path, monkeypatch):
+    """A tied embedding, too: peft names its tensors anew."""
+    same = ("model.tie_word_embeddings=true", "training.save_steps=5", "partition.index=0")
+    tied = (*same, "model.lora_gate_steps=12")
+    run_stages(project, ("run_clm",), "configs/lora.yaml", *tied, f"output_dir={tmp_path / 'a'}")
+    monkeypatch.chdir(project)
+    config = load("configs/lora.yaml", (*tied, f"output_dir={tmp_path / 'b'}"))
+    set_up_process(config)
+    data, partitions = ProcessedData(config), make_partition_map(config)
+    saved = ResumableTrainer._save_checkpoint
+
+    def killed(self, *args):
+        saved(self, *args)
+        if kills and self.state.global_step == 5:
+            kills.pop()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ResumableTrainer, "_save_checkpoint", killed)
+    kills = ["seed LM", "adapter", "gates"]
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            train_partition(config, data, partitions, 0)
+    folder = train_partition(config, data, partitions, 0)
+    assert tree_hashes(folder) == tree_hashes(tmp_path / "a/lora/models/0")
+
+
 def test_gate_training_leaves_all_else_without_gradient(project):
     folder = folders(project, "lora")[1]
     model = gate_model(project / "runs/lora/seed_lm", folder / ADAPTER)
@@ -340,15 +391,26 @@ def test_evaluation_of_experts_routed_inside(project, monkeypatch):
     tiered = tiered_model(config, partitions, router, load_models(found))
     rows = data.rows("hi", "test", 8)
     inside = load_experts(project / "runs/lora/seed_lm", folders(project, "lora"))
-    nats = score_inside(config, tiered, inside, rows.input_ids, "glider")
+    ids = rows.input_ids
+    nats = score_inside(config, tiered, inside, ids, "glider")
     bpb = nats.sum() / math.log(2) / rows.token_bytes[:, 1:].sum()
     assert bpb == pytest.approx(mixtures["domains"]["hi"]["glider"]["bpb"], abs=1e-5)
-    # the query is what the router has read, and no more: of the first eight tokens
-    prefix = rows.input_ids[:, :12]
-    longer, short = (
-        score_inside(config, tiered, inside, ids, "glider") for ids in (rows.input_ids, prefix)
+    # no choice depends on a later token, and a query's not on any after the first eight
+    changed = ids.copy()
+    changed[:, 12:] = 7
+    for routing in ("phatgoose", "glider", "average_activation", "arrow"):
+        both = [score_inside(config, tiered, inside, i, routing) for i in (ids, changed)]
+        assert np.array_equal(both[0][:, :11], both[1][:, :11]), routing
+        assert not np.array_equal(both[0][:, 11:], both[1][:, 11:])
+    tokens = torch.from_numpy(changed[:, :-1]).long()
+    cosines = tiered.router.scores(tokens)
+    cosines[:, 7:] = cosines[:, 7:8]
+    logits = inside(tokens, routing="glider", cosines=cosines).logits.double().log_softmax(-1)
+    expected = -logits.gather(-1, torch.from_numpy(changed[:, 1:, None]).long())[..., 0].detach()
+    assert np.allclose(
+        score_inside(config, tiered, inside, changed, "glider"), expected.numpy(), atol=1e-4
     )
-    assert (short < longer).all()
+    prefix = ids[:, :12]
     # Arrow, PHATGOOSE and Glider agree where there is but one expert
     one = load_experts(project / "runs/lora/seed_lm", {1: folders(project, "lora")[1]})
     alone = [score_inside(config, tiered, one, prefix, r) for r in ("phatgoose", "glider", "arrow")]
@@ -386,10 +448,17 @@ def test_mistakes_in_a_config_are_one_line(project, monkeypatch):
         ("model.init_from=", "model.init_from: lora needs a seed LM"),
         ("model.type=llama", "eval.mixtures: base routes experts of model.type lora"),
         ("eval.glider_alphas=3", "eval.glider_alphas: two numbers"),
+        ("training.added_from=nearest", "training.added_from: an added domain of model.type lora"),
+        ("seed_lm.type=demix", "seed_lm.type: a lora cannot start from a demix"),
+        ("seed_lm.type=lora", "seed_lm.type: a lora cannot start from a lora"),
+        ("seed_lm.domains=en", "seed_lm.domains: 'en' is not in data.domains"),
         ("seed_lm.domains=fr", "seed_lm.domains: 'fr' is not in data.domains"),
     ):
         with pytest.raises(UserError, match=text):
             load("configs/lora.yaml", (override,))
+    none = load("configs/lora.yaml", ("seed_lm.domains=hi", "data.exclude_domains=hi"))
+    with pytest.raises(UserError, match=r"seed_lm\.domains: the seed LM has no data"):
+        seed_config(none)
 
 
 def test_adapters_read_back_by_module(project):

@@ -14,13 +14,16 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from tests.conftest import ROOT, run_stages, tiny_project
 from tests.test_distributed import torchrun
+from tiered import shared_trunk
 from tiered.baselines.modeling_demix import DemixForCausalLM
 from tiered.config import load
 from tiered.data import ProcessedData
 from tiered.partition import make_partition_map
 from tiered.report import build
+from tiered.router import load_models, load_router, run_models, tiered_model
 from tiered.shared_trunk import OWN, SHARED, own_weights
 from tiered.store import UserError, read_json, tree_hashes
+from tiered.training import train_partition
 
 EVERY = ("process_dset", "train_det_router", "run_clm", "eval_det_router")
 CONFIGS = {
@@ -35,7 +38,8 @@ CONFIGS = {
     "adapted": "base: demix.yaml\nname: adapted\n"
     "data: {novel_domains: [], added_domains: [en]}\ntraining: {added_from: nearest}\n"
     "unlearn: {forget: [en, hi], operations: [original, gold, delete-S1, sisa]}\n",
-    "token": "base: demix.yaml\nname: token\nmodel: {type: domain_token}\n",
+    "token": "base: demix.yaml\nname: token\nmodel: {type: domain_token}\n"
+    "unlearn: {operations: [original, gold, delete-S1, sisa, reinit, RMU]}\n",
     "balanced": "base: demix.yaml\nname: balanced\nmodel: {type: llama}\n"
     "partition: {n: 1}\ntraining: {balanced: true}\n",
 }
@@ -48,7 +52,8 @@ def project(tmp_path_factory) -> Path:
     for name, text in CONFIGS.items():
         (folder / f"configs/{name}.yaml").write_text(text)
     run_stages(folder, EVERY, *(f"configs/{name}.yaml" for name in CONFIGS))
-    run_stages(folder, ("unlearn_benchmarks",), "configs/demix.yaml", "configs/adapted.yaml")
+    measured = ("demix", "adapted", "token")
+    run_stages(folder, ("unlearn_benchmarks",), *(f"configs/{name}.yaml" for name in measured))
     return folder
 
 
@@ -192,6 +197,14 @@ def test_an_edit_changes_an_expert_and_never_the_trunk(project):
     assert words == "not applicable: its partition holds nothing else to train on"
 
 
+def test_residue_names_the_descendants_of_a_removed_expert(project):
+    start = read_json(project / "runs/adapted/models/3/record.json")["started_from"]["partition"]
+    for forget in ("hi",):
+        found = read_json(project / f"runs/adapted/unlearn/{forget}/delete-S1/metrics.json")
+        named = f"model/3, which started from model/{start}" in found["residue"]
+        assert named == (start == 0)
+
+
 def test_a_gold_expert_begins_where_the_original_did(project):
     """Without Hindi the other experts start from the same weights; what was read differs."""
     gold = project / "runs/demix/unlearn/hi/gold/system/models"
@@ -216,8 +229,76 @@ def test_domain_tokens_share_everything_else(project):
     ]
     record = read_json(project / "runs/token/models/2/record.json")
     assert record["parameters"]["own"] == 16
-    utility = read_json(project / "runs/token/eval/utility.json")
-    assert utility["macro"]["oracle"]["bpb"] < utility["macro"]["oracle"]["unigram_bpb"] * 1.2
+    shared = {p: (p / SHARED).stat().st_ino for p in models(project, "token").values()}
+    assert len(set(shared.values())) == 1
+    found = {
+        p.parent.name: read_json(p)
+        for p in (project / "runs/token/unlearn/hi").glob("*/metrics.json")
+    }
+    assert not found["delete-S1"]["exact"] and found["sisa"]["exact"]
+    assert 0 <= found["original"]["verbatim"]["holdout"]["value"] <= 1
+    assert found["RMU"]["result"] == "not applicable: its layers are shared by all partitions"
+    # random weights of the one token: everything else is as it was
+    edited = load_file(project / "runs/token/unlearn/hi/reinit/system/models/0/model.safetensors")
+    source = models(project, "token")["0"]
+    assert all(torch.equal(edited[n], w) for n, w in load_file(source / SHARED).items())
+    assert not torch.equal(edited["domain_tokens.0"], load_file(source / OWN)["domain_tokens.0"])
+
+
+@torch.inference_mode()
+def test_generation_with_a_cache_reads_every_token_once(project, monkeypatch):
+    """A domain token's cache is one longer than what was read of the row."""
+    monkeypatch.chdir(project)
+    config = load("configs/token.yaml")
+    data, partitions = ProcessedData(config), make_partition_map(config)
+    found = load_models(run_models(config, partitions, data))
+    tiered = tiered_model(config, partitions, load_router(config.run_dir / "router", ""), found)
+    ids = torch.from_numpy(data.rows("hi", "test", 3).input_ids[:, :9]).long()
+    written = [
+        tiered.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, use_cache=c)
+        for c in (True, False)
+    ]
+    assert torch.equal(*written)
+    assert len(tiered(written[0]).partition.unique()) >= 1
+
+
+def test_families_and_documents_at_random_share_a_trunk(project, tmp_path):
+    """Partitions of several domains, and a domain in several partitions."""
+    base = ("training.per_device_train_batch_size=4", "partition.n=2", "eval.mixtures=average")
+    for method in ("family", "random"):
+        own = (f"partition.method={method}", f"name={method}", f"output_dir={tmp_path}")
+        stages = ("train_det_router", "run_clm", "eval_det_router", "unlearn_benchmarks")
+        fewer = "unlearn.operations=original,gold,delete-S1,sisa"
+        run_stages(project, stages, "configs/demix.yaml", *base, *own, fewer)
+        records = [read_json(tmp_path / f"{method}/models/{k}/record.json") for k in (0, 1)]
+        whole = records[0]["shared_trunk"]
+        assert records[1]["shared_trunk"] == whole
+        assert all(r["partition"]["present"] == ["de", "hi", "si"] for r in records)
+        sisa = read_json(tmp_path / f"{method}/unlearn/hi/sisa/metrics.json")
+        assert sisa["exact"] and sisa["cost"]["tokens_relative_to_gold"] == 1
+
+
+def test_overwrite_trains_the_trunk_once(project, tmp_path, monkeypatch):
+    monkeypatch.chdir(project)
+    fits, fit = [], shared_trunk.fit
+    monkeypatch.setattr(shared_trunk, "fit", lambda *a: fits.append(1) or fit(*a))
+    config = load("configs/demix.yaml", (f"output_dir={tmp_path}", "overwrite=true"))
+    data, partitions = ProcessedData(config), make_partition_map(config)
+    folders = [train_partition(config, data, partitions, k) for k in range(3)]
+    assert len(fits) == 1
+    trunks = {read_json(p / "record.json")["shared_trunk"] for p in folders}
+    assert len(trunks) == 1
+
+
+def test_configs_that_train_different_trunks_have_different_addresses(project, monkeypatch):
+    monkeypatch.chdir(project)
+    found = set()
+    for rows in (3, 6, 12):
+        sizes = (f"training.per_device_train_batch_size={rows}", "training.min_batch_rows=6")
+        config = load("configs/demix.yaml", sizes)
+        data, partitions = ProcessedData(config), make_partition_map(config)
+        found.add(shared_trunk.whole_folder(config, data, partitions))
+    assert len(found) == 2  # of 3 rows the floor makes 6
 
 
 def test_balanced_steps_of_a_dense_model(project):
@@ -237,10 +318,8 @@ def test_mistakes_in_a_config_are_one_line(project, monkeypatch):
         with pytest.raises(UserError, match=text):
             load("configs/demix.yaml", (override,))
     config = load("configs/demix.yaml", ("training.per_device_train_batch_size=8",))
-    from tiered.shared_trunk import train_whole
-
     with pytest.raises(UserError, match=r"8 rows per optimizer step .* 3 partitions"):
-        train_whole(config, ProcessedData(config), make_partition_map(config))
+        shared_trunk.train_whole(config, ProcessedData(config), make_partition_map(config))
 
 
 def test_report_has_the_tables_of_novel_domains_and_adaptation(project, tmp_path):

@@ -109,7 +109,7 @@ def excluded_in(config: Config, partitions: PartitionMap, k: int) -> dict[str, l
     """Documents that data.exclude_documents takes from partition k, by domain."""
     found = {}
     for domain, names in branching.excluded_documents(config).items():
-        if domain in partitions.members[k]:
+        if domain in partitions.members[k] and domain in config.present_domains:
             ids = sorted(names)
             own = partitions.assign(domain, ids) == k
             if own.any():

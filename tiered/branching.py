@@ -55,6 +55,11 @@ def seed_config(config: Config) -> Config:
     domains = config.data.domains
     left_out = set(domains) - set(section.domains) if section.domains else set()
     excluded = tuple(d for d in domains if d in left_out | set(config.data.exclude_domains))
+    if set(excluded) == set(domains):
+        raise UserError(
+            "seed_lm.domains: the seed LM has no data, as data.exclude_domains leaves none of its"
+            " domains"
+        )
     own = "llama" if config.model.type == "lora" else config.model.type
     return replace(
         config,

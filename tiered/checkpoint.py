@@ -61,9 +61,11 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # torch's way to report another shape
         raise UserError(f"{folder}: checkpoint of another model ({error})") from None
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    if unexpected or [name for name in missing if name not in tied]:
-        raise UserError(f"{folder}: checkpoint of another model ({(missing + unexpected)[0]})")
+    state = model.state_dict()  # of tied tensors one is stored: the others have its memory
+    stored = {state[name].data_ptr() for name in weights if name in state}
+    lacking = [n for n in missing if not state[n].numel() or state[n].data_ptr() not in stored]
+    if unexpected or lacking:
+        raise UserError(f"{folder}: checkpoint of another model ({(lacking + unexpected)[0]})")
 
 
 def load_optimizer(folder: Path, trainer: Any) -> None:

@@ -882,6 +882,7 @@ def check(config: Config) -> Config:
         if len(set(names)) != len(names):
             raise UserError(f"{key}: each name once, found {', '.join(names)}")
         allowed = named if key in _NOVEL_TOO else config.all_domains
+        allowed = data.domains if key == "seed_lm.domains" else allowed
         for name in names:
             if name not in allowed:
                 raise UserError(f"{key}: {name!r} is not in data.domains ({', '.join(allowed)})")
@@ -958,10 +959,11 @@ def _check_training(config: Config) -> None:
                 " (model.init_from: seed); it must be between 0 and 1"
             )
         pair = (seed.type or config.model.type, config.model.type)
-        if pair[0] != pair[1] and pair[1] != "lora" and pair != ("llama", "mixtral"):
+        known = (("llama", "mixtral"), ("llama", "lora"))
+        if pair not in known and (pair[0] != pair[1] or seed.type == "lora"):
             raise UserError(
                 f"seed_lm.type: a {config.model.type} cannot start from a {seed.type}"
-                " (a mixtral can from a llama)"
+                " (a mixtral and lora can from a llama)"
             )
 
 

@@ -22,7 +22,7 @@ from tiered.metrics import UNDEFINED, bits_per_byte, maximal_nmi, partition_nmi
 from tiered.mixtures import MIXTURES, Evidence, MixtureSettings, mix
 from tiered.modeling_tiered import TieredForCausalLM, assign
 from tiered.partition import PartitionMap
-from tiered.record import SCORING_CODE, environment, training_environment
+from tiered.record import SCORING_CODE, training_environment
 from tiered.scoring import ScoreCache, TokenScores, score_prefixes, score_rows
 from tiered.store import code_hash, content_hash, digest, read_json
 
@@ -73,7 +73,7 @@ class RowScores:
 def score_cache(config: Config, model_hashes: Mapping[int, str]) -> ScoreCache:
     """The store's row scores of some models, scored anew under `overwrite`."""
     folder = config.store_dir / "scores"
-    return ScoreCache(folder, model_hashes, environment(config), config.overwrite)
+    return ScoreCache(folder, model_hashes, training_environment(config), config.overwrite)
 
 
 def sum_rows(rows: Rows, scope: str, scores: TokenScores, assignment: torch.Tensor) -> RowScores:
@@ -314,7 +314,7 @@ def score_mixtures(
     for name in ROUTED_INSIDE:
         if name in wanted:
             del wanted[name]
-            results[name] = score_inside(config, model, inside, rows.input_ids, name)
+            results[name] = score_inside(config, model, inside, rows.input_ids, name).sum(1)
     if not wanted:
         return results, None
     cached = any(name == "bayes_cached" for name, _ in wanted.values())
@@ -340,7 +340,7 @@ def score_inside(
     input_ids: np.ndarray,
     routing: str,
 ) -> np.ndarray:
-    """Summed nats per row (R,) of tokens (R, T) under experts chosen in every linear map.
+    """Nats (R, S) float64 of tokens (R, T) under experts chosen in every linear map.
 
     Glider's query is what the router reads before it decides: the first router.context_tokens
     tokens, and for the positions among them what there is so far; its embedding is the router's.
@@ -358,7 +358,7 @@ def score_inside(
         nll = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), batch[:, 1:].flatten().to(logits.device), reduction="none"
         )
-        parts.append(nll.view(len(batch), -1).double().sum(1).cpu())
+        parts.append(nll.view(len(batch), -1).double().cpu())
     return torch.cat(parts).numpy()
 
 
@@ -411,12 +411,14 @@ def evaluate_mixtures(
         rows = data.rows(domain, config.eval.split, config.eval.rows_per_domain)
         earlier = data.rows(domain, stream, config.eval.cached_rows)
         tokens, size = rows.input_ids.shape[1] - 1, rows.token_bytes[:, 1:].sum(1)
-        domains[domain] = {}
+        # parameters of models of several shapes have no average
+        domains[domain] = dict.fromkeys(mixture_settings(config), UNDEFINED)
         found, alone = score_mixtures(config, model, rows, earlier, cache, inside)
         if alone is not None:
             experts["domain"].add([domain] * len(alone), alone, tokens)
-            if partitions.method == "cluster":
-                names = [str(k) for k in oracle_of(partitions, rows)]
+            oracle = oracle_of(partitions, rows)
+            if partitions.method == "cluster" and oracle is not None:
+                names = [str(k) for k in oracle]
                 experts["cluster"].add(names, alone, tokens)
         for label, nats in found.items():
             tables.append(
@@ -431,7 +433,6 @@ def evaluate_mixtures(
                     }
                 )
             )
-            domains[domain][label] = UNDEFINED
             if float(rows.unk_share.mean()) <= MAX_UNK_SHARE:
                 domains[domain][label] = {
                     "bpb": round(bits_per_byte(float(nats.sum()), float(size.sum())), 6),
@@ -448,7 +449,7 @@ def evaluate_mixtures(
     if data.novel_domains:
         result["novel_macro"] = _mixture_macro([domains[d] for d in data.novel_domains])
     result["expert_perplexity"] = perplexity
-    return result, pa.concat_tables(tables)
+    return result, pa.concat_tables(tables) if tables else pa.table({})
 
 
 def _mixture_macro(domains: list[dict[str, Any]]) -> dict[str, Any]:
@@ -528,7 +529,8 @@ def evaluate(
                     for *_, s, chosen in routed.values()
                 ]
             )
-            for scope in next(iter(routed.values()))[3]
+            for scope in config.eval.scopes
+            if any(scope in chosen for *_, chosen in routed.values())
         },
         config.eval.batch_rows,
         cache,

@@ -553,6 +553,8 @@ class TieredCache:
 
     def __init__(self) -> None:
         self.caches: dict[int, DynamicCache] = {}
+        # a model may cache more than the row's tokens (one that reads a token before them)
+        self.read: dict[int, int] = {}
 
     def of(self, k: int, config: PreTrainedConfig) -> DynamicCache:
         """Partition k's cache, empty at first."""
@@ -560,7 +562,7 @@ class TieredCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens that the partition furthest ahead has read."""
-        return max((c.get_seq_length() for c in self.caches.values()), default=0)
+        return max(self.read.values(), default=0)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Rows in a new order (beam search)."""
@@ -726,7 +728,8 @@ class TieredForCausalLM(PreTrainedModel, GenerationMixin):
         for k in self._chosen_partitions(chosen):
             model = self.partitions[str(k)]
             part_cache = cache.of(k, model.config)
-            missed = input_ids[:, part_cache.get_seq_length() :]
+            missed = input_ids[:, cache.read.get(k, 0) :]
+            cache.read[k] = input_ids.shape[1]
             part = model(
                 input_ids=missed,
                 attention_mask=attention_mask,

@@ -55,6 +55,14 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def wait_for_ranks(config: Config) -> None:
+    """Under torchrun: go on when every rank has come this far."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState  # makes the process group where nothing has yet
+
+        PartialState(cpu=device_of(config).type == "cpu").wait_for_everyone()
+
+
 def leave_ranks() -> None:
     """End the process group, if there is one, when all ranks are done: a rank whose peers are gone
     can wait for them for ever while it tears its group down."""
@@ -98,7 +106,8 @@ def environment(config: Config) -> dict[str, Any]:
 def training_environment(config: Config) -> list[Any]:
     """What a trained model depends on besides its inputs: `environment`, and its family's code."""
     own = FAMILY_CODE.get(config.model.type)
-    return [environment(config), *([code_hash(*own)] if own else [])]
+    found = [environment(config), *([code_hash(*own)] if own else [])]
+    return [*found, _version("peft")] if config.model.type == "lora" else found
 
 
 @functools.cache

@@ -68,8 +68,8 @@ def adaptation_table(runs: list[Run]) -> list[dict[str, str]]:
                 continue
             (domain,) = record["partition"]["members"]
             start = record["started_from"]["partition"]
-            before = run.utility["partitions"][start]
             perplexity = tables["domain"]
+            before = [d for d in run.utility["partitions"][start] if d in perplexity]
             old = {j: _geometric([perplexity[d][j] for d in before]) for j in (start, k)}
             rows.append(
                 {

@@ -8,7 +8,7 @@ hard link to one file of all partitions) and `own.safetensors` (what is the part
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tiered.fitting import Fit, fit
 from tiered.joint import JointTrainer, LabelledBlocks, micro_batch_rows
 from tiered.methods import MODELS
 from tiered.partition import PartitionMap
-from tiered.record import environment, is_main_process, training_environment
+from tiered.record import environment, is_main_process, training_environment, wait_for_ranks
 from tiered.store import (
     TIMINGS,
     UserError,
@@ -40,6 +40,7 @@ from tiered.store import (
 
 SHARED, OWN = "shared.safetensors", "own.safetensors"
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+_renewed: set[Path] = set()  # whole models that this process has trained: `overwrite` is obeyed
 
 
 def is_shared(config: Config) -> bool:
@@ -97,7 +98,7 @@ def train_whole(config: Config, data: ProcessedData, partitions: PartitionMap) -
     for every configured partition, so that the others begin alike whichever have none.
     """
     folder = whole_folder(config, data, partitions)
-    if is_complete(folder) and not config.overwrite:
+    if is_complete(folder) and (folder in _renewed or not config.overwrite):
         verify(folder)
         return folder
     present, blocks, labels, counts = _present(data, partitions), [], [], {}
@@ -107,13 +108,14 @@ def train_whole(config: Config, data: ProcessedData, partitions: PartitionMap) -
             raise UserError(f"partition {k}: fewer training tokens than one block of its domains")
         blocks.append(part)
         labels.append(np.full(len(part), k))
-        counts |= found
+        counts = {d: counts.get(d, 0) + found.get(d, 0) for d in {**counts, **found}}
     kind, section = MODELS[config.model.type], config.training
     micro_batches = section.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
     configured = len(founding(partitions))
-    per_step = section.per_device_train_batch_size * micro_batches
-    rows = micro_batch_rows(per_step, configured, len(present), micro_batches)
-    arguments = training_arguments(config, 1.0) | {"per_device_train_batch_size": rows}
+    arguments = training_arguments(config, 1.0)
+    per_step = arguments["per_device_train_batch_size"] * micro_batches
+    rows = micro_batch_rows(per_step, configured, len(present), micro_batches, "partitions")
+    arguments["per_device_train_batch_size"] = rows
     ordered = LabelledBlocks(
         np.concatenate(blocks),
         np.concatenate(labels),
@@ -154,6 +156,7 @@ def train_whole(config: Config, data: ProcessedData, partitions: PartitionMap) -
         return {"parameters": {"total": sum(p.numel() for p in model.parameters())}}
 
     fit(config, job, make, ordered, finish, JointTrainer)
+    _renewed.add(folder)
     return folder
 
 
@@ -198,51 +201,66 @@ def freeze_shared(model: PreTrainedModel, folder: Path) -> None:
             parameter.requires_grad_(name in own)
 
 
-def publish_part(
+def publish_parts(
+    config: Config,
+    data: ProcessedData,
+    partitions: PartitionMap,
+    folders: Mapping[int, Path],
+    copy_tokenizer: Callable[[Path], None],
+) -> None:
+    """Write founding partitions' models to their places in the store (those that lack them; all,
+    once per process, under `overwrite`), the whole model trained if need be."""
+    renew = config.overwrite and whole_folder(config, data, partitions) not in _renewed
+    whole = train_whole(config, data, partitions)
+    missing = {k: path for k, path in folders.items() if renew or not is_complete(path)}
+    if missing and is_main_process():
+        model = AutoModelForCausalLM.from_pretrained(whole)
+        for k, folder in missing.items():
+            with atomic_folder(folder) as path:
+                _write_part(config, data, partitions, k, model, whole, path)
+                copy_tokenizer(path)
+    wait_for_ranks(config)  # the others may start from a part at once
+
+
+def _write_part(
     config: Config,
     data: ProcessedData,
     partitions: PartitionMap,
     k: int,
-    folder: Path,
-    copy_tokenizer: Callable[[Path], None],
+    model: PreTrainedModel,
+    whole: Path,
+    path: Path,
 ) -> None:
-    """Write partition k's model to its place in the store, the whole model trained if need be.
+    """Checkpoint, log, record and timings of partition k in a folder that is being made.
 
-    Its record counts its own rows' tokens, and its share of the seconds of the one training.
+    The record counts the tokens of the partition's own rows, timings its share of the seconds of
+    the one training.
     """
-    whole = train_whole(config, data, partitions)
-    if not is_main_process():
-        return
-    model = AutoModelForCausalLM.from_pretrained(whole)
     part, record, present = (
         model.part(k),
         read_json(whole / "record.json"),
         _present(data, partitions),
     )
+    own = list(model.part_parameters(k))
+    names = [n for n, p in part.named_parameters() if any(p is q for q in own)]
+    part.save_pretrained(path)
+    split_checkpoint(path, names, whole / SHARED)
+    shutil.copy(whole / "metrics.jsonl", path)
     blocks, counts = partition_blocks(config, data, partitions, k)
-    own = {id(p) for p in model.part_parameters(k)}
-    names = [n for n, p in part.named_parameters() if id(p) in own]
-    with atomic_folder(folder) as path:
-        part.save_pretrained(path)
-        split_checkpoint(path, names, whole / SHARED)
-        copy_tokenizer(path)
-        shutil.copy(whole / "metrics.jsonl", path)
-        size = sum(p.numel() for p in model.part_parameters(k))
-        value = {
-            **{
-                n: record[n] for n in ("optimizer_steps", "final_training_loss_nats", "environment")
-            },
-            "inputs": part_inputs(config, data, partitions, k),
-            # the trunk has seen every domain
-            "partition": {"members": sorted(partitions.members[k]), "present": record["present"]},
-            "seed": None,
-            "shared_trunk": content_hash(whole),
-            "blocks": counts,
-            "batch_rows": record["batch_rows"] // len(present),
-            "tokens": record["tokens"] // len(present),
-            "parameters": {**MODELS[config.model.type].card(part, blocks), "own": size},
-        }
-        write_json(path / "record.json", value)
-        timings = read_json(whole / TIMINGS)
-        seconds = timings["seconds"] / len(present)
-        write_json(path / TIMINGS, {**timings, "seconds": seconds})
+    size = sum(p.numel() for p in own)
+    kept = ("optimizer_steps", "final_training_loss_nats", "environment")
+    value = {
+        **{name: record[name] for name in kept},
+        "inputs": part_inputs(config, data, partitions, k),
+        # the trunk has seen every domain
+        "partition": {"members": sorted(partitions.members[k]), "present": record["present"]},
+        "seed": None,
+        "shared_trunk": content_hash(whole),
+        "blocks": counts,
+        "batch_rows": record["batch_rows"] // len(present),
+        "tokens": record["tokens"] // len(present),
+        "parameters": {**MODELS[config.model.type].card(part, blocks), "own": size},
+    }
+    write_json(path / "record.json", value)
+    timings = read_json(whole / TIMINGS)
+    write_json(path / TIMINGS, {**timings, "seconds": timings["seconds"] / len(present)})

@@ -34,6 +34,7 @@ from tiered.record import environment, set_up_process, training_environment
 from tiered.store import (
     TOKENIZER_RECORD,
     UserError,
+    code_hash,
     digest,
     is_complete,
     read_json,
@@ -113,7 +114,10 @@ def model_folder(
     inputs = model_inputs(config, data, partitions, k)
     if inputs is None:
         return None
-    return config.store_dir / "models" / digest([inputs, *training_environment(config)])
+    # where a model starts from is chosen by scores of others
+    chosen = adapts(config, partitions, k)
+    code = [code_hash("tiered/mixtures.py", "tiered/scoring.py")] if chosen else []
+    return config.store_dir / "models" / digest([inputs, *training_environment(config), *code])
 
 
 def check_models(
@@ -130,6 +134,13 @@ def check_models(
                 f"{folder}: trained from another config or other data than this config's; run:"
                 f" python run_clm.py CONFIG partition.index={k}"
             )
+    records = {k: read_json(folder / "record.json") for k, folder in folders.items()}
+    trunks = {r["shared_trunk"] for r in records.values() if "shared_trunk" in r}
+    if len(trunks) > 1:
+        raise UserError(
+            f"{config.run_dir / 'models'}: the partitions' models are of {len(trunks)} trunks;"
+            " run: python run_clm.py CONFIG"
+        )
 
 
 def train_partition(
@@ -146,8 +157,10 @@ def train_partition(
         verify(folder)
         return folder
     if shared_trunk.is_shared(config) and not adapts(config, partitions, k):
-        shared_trunk.publish_part(
-            config, data, partitions, k, folder, lambda path: _copy_tokenizer(data, path)
+        folders = {j: model_folder(config, data, partitions, j) for j in founding(partitions)}
+        folders = {j: path for j, path in folders.items() if path is not None}
+        shared_trunk.publish_parts(
+            config, data, partitions, folders, lambda path: _copy_tokenizer(data, path)
         )
         return folder
     blocks, counts = partition_blocks(config, data, partitions, k)
@@ -178,14 +191,8 @@ def train_partition(
     if config.model.type == "lora":
         from tiered.baselines.lora_experts import train_expert  # peft takes seconds to import
 
-        train_expert(
-            config,
-            job,
-            start,
-            blocks,
-            data.separator_id if config.data.separate_documents else None,
-            lambda path: _copy_tokenizer(data, path),
-        )
+        ordered = _in_order(config, data, partitions, k, job, blocks, counts)
+        train_expert(config, job, start, ordered, lambda path: _copy_tokenizer(data, path))
         return folder
 
     def make() -> PreTrainedModel:
@@ -226,9 +233,11 @@ def _in_order(
     micro_batches = section.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
     per_step = job.arguments["per_device_train_batch_size"] * micro_batches
     configured = len(partitions.members[k])
-    rows = micro_batch_rows(per_step, configured, len(counts), micro_batches)
+    rows = micro_batch_rows(per_step, configured, len(counts), micro_batches, "domains")
     job.arguments["per_device_train_batch_size"] = job.record["batch_rows"] = rows
-    labels = np.repeat(np.arange(len(counts)), list(counts.values()))
+    # a domain's place among the configured: its order does not depend on which others are there
+    places = [sorted(partitions.members[k]).index(d) for d in counts]
+    labels = np.repeat(places, list(counts.values()))
     return BalancedBlocks(blocks, labels, per_step // configured, epochs, job.seed, separator)
 
 

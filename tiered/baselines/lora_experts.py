@@ -8,6 +8,7 @@ that routes inside.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,33 +48,28 @@ def train_expert(
     config: Config,
     job: Fit,
     start: Path,
-    blocks: np.ndarray,
-    separator: int | None,
+    ordered: OrderedBlocks,
     copy_tokenizer: Callable[[Path], None],
 ) -> None:
-    """Train the adapter of a partition on its blocks (rows, T), then its gates, and publish both.
+    """Train the adapter of a partition on its blocks in order, then its gates, and publish both.
 
     job: of the partition's model; start: the seed LM's folder.
     """
-    adapter = _train_adapter(config, job, start, blocks, separator)
+    adapter, blocks = _train_adapter(config, job, start, ordered), ordered.blocks
     section, record = config.model, read_json(adapter / "record.json")
-    rows = (
-        job.arguments["per_device_train_batch_size"] * config.training.gradient_accumulation_steps
-    )
+    # rows of a step, of all ranks
+    rows = config.training.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+    rows *= job.arguments["per_device_train_batch_size"]
     job.earlier_seconds = read_json(adapter / TIMINGS)["seconds"]
     job.arguments = {**job.arguments, "learning_rate": section.lora_gate_learning_rate}
-    ordered = OrderedBlocks(
-        blocks,
-        section.lora_gate_steps * rows / len(blocks),
-        seed_of(job.seed, "gates"),
-        separator,
-    )
+    passes = section.lora_gate_steps * rows / len(blocks)
+    gated = OrderedBlocks(blocks, passes, seed_of(job.seed, "gates"), ordered.separator)
 
     def make() -> PreTrainedModel:
         return gate_model(start, adapter)
 
     def finish(model: LoraExpertsForCausalLM, path: Path) -> dict[str, Any]:
-        vectors = gates_and_averages(model, blocks, config.eval.batch_rows)
+        vectors = gates_and_averages(model, ordered)
         _replace_checkpoint(path, start, adapter)
         copy_tokenizer(path)
         save_file(vectors, path / ADAPTER / VECTORS, metadata={"format": "pt"})
@@ -87,15 +83,13 @@ def train_expert(
             "optimizer_steps": record["optimizer_steps"],
             "gate_steps": section.lora_gate_steps,
             "final_training_loss_nats": record["final_training_loss_nats"],
-            "tokens": record["tokens"] + len(ordered) * blocks.shape[1],
+            "tokens": record["tokens"] + len(gated) * blocks.shape[1],
         }
 
-    fit(config, job, make, ordered, finish)
+    fit(config, job, make, gated, finish)
 
 
-def _train_adapter(
-    config: Config, job: Fit, start: Path, blocks: np.ndarray, separator: int | None
-) -> Path:
+def _train_adapter(config: Config, job: Fit, start: Path, ordered: OrderedBlocks) -> Path:
     """Folder of the adapter alone in the store, trained if it is not there yet."""
     # everything that decides it is in the model's own address
     folder = config.store_dir / "adapters" / digest([job.folder.name, "adapter"])
@@ -119,7 +113,6 @@ def _train_adapter(
         (path / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
         return {}
 
-    ordered = OrderedBlocks(blocks, config.training.num_train_epochs, job.seed, separator)
     fit(config, own, make, ordered, finish)
     return folder
 
@@ -169,10 +162,13 @@ def gate_model(base: Path, adapter: Path) -> LoraExpertsForCausalLM:
 
 @torch.no_grad()
 def gates_and_averages(
-    model: LoraExpertsForCausalLM, blocks: np.ndarray, batch_rows: int
+    model: LoraExpertsForCausalLM, ordered: OrderedBlocks
 ) -> dict[str, torch.Tensor]:
     """`gates.<module>` and `averages.<module>` (I,) of the one expert of a model: what was trained,
-    and the mean of its training tokens' activations, each of length 1, with the expert at work."""
+    and the mean of its training tokens' activations, each of length 1, with the expert at work.
+
+    Of MEAN_ROWS rows at even distances in training order, so of all its domains.
+    """
     routed, sums, tokens, hooks = model.routed(), {}, 0, []
 
     def record(name: str):
@@ -184,11 +180,12 @@ def gates_and_averages(
 
     for name, module in routed.items():
         hooks.append(module.register_forward_pre_hook(record(name)))
-    rows = torch.from_numpy(np.asarray(blocks[:MEAN_ROWS], dtype=np.int64))
-    for batch in rows.split(batch_rows):
-        expert = torch.zeros(len(batch), dtype=torch.long, device=model.device)
-        model(batch.to(model.device), routing="oracle", expert=expert)
-        tokens += batch.numel()
+    chosen = np.unique(np.linspace(0, len(ordered) - 1, MEAN_ROWS).round().astype(int))
+    expert = torch.zeros(1, dtype=torch.long, device=model.device)
+    for i in chosen.tolist():
+        row = {n: v[None].to(model.device) for n, v in ordered[i].items() if n != "labels"}
+        model(**row, routing="oracle", expert=expert, use_cache=False)
+        tokens += row["input_ids"].numel()
     for hook in hooks:
         hook.remove()
     gates = {f"gates.{n}": m.gates[0].detach().cpu().clone() for n, m in routed.items()}

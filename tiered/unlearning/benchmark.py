@@ -15,7 +15,7 @@ from tiered.data import ProcessedData, listed_documents
 from tiered.evaluation import read_rows, rows_table, write_rows
 from tiered.metrics import UNDEFINED
 from tiered.partition import make_partition_map
-from tiered.record import SCORING_CODE, environment, peak_memory_bytes
+from tiered.record import SCORING_CODE, peak_memory_bytes, training_environment
 from tiered.router import (
     check_router,
     load_router,
@@ -267,7 +267,7 @@ class Bench:
                 "unlearn": {n: plain(getattr(section, n)) for n in passes},
                 "seed": context.config.seed,
                 "batch_rows": context.config.eval.batch_rows,
-                "environment": environment(context.config),
+                "environment": training_environment(context.config),
                 "code": code_hash(*SCORING_CODE),
             }
         )
@@ -464,6 +464,7 @@ def describe(
     exact = outcome.weights_removed and models_clean
     saw = _trunk_saw(context, forget) and not exact
     trunk = ["the trunk that all partitions share"] if saw else []
+    trunk += [] if exact else _descendants(context, forget, outcome)
     return {
         "exact": exact,
         "exact_given": given if exact else [],
@@ -487,6 +488,21 @@ def _trunk_saw(context: Context, forget: Forget) -> bool:
     founding = shared_trunk.founding(context.partitions)
     held = set(context.touched(forget)) & set(founding)
     return shared_trunk.is_shared(context.config) and bool(held)
+
+
+def _descendants(context: Context, forget: Forget, outcome: Outcome) -> list[str]:
+    """Models of an outcome that started from one that was trained on the forget domain."""
+    found = []
+    records = {k: path / "record.json" for k, path in outcome.models.items()}
+    records = {k: read_json(path) for k, path in records.items() if path.is_file()}
+    seeds = [(r.get("seed") or {}).get("domains") or [] for r in records.values()]
+    if any(forget.domain in domains for domains in seeds):
+        found.append("the seed LM that models started from")
+    for k, record in records.items():
+        start = record.get("started_from")
+        if start and start["partition"] in context.touched(forget):
+            found.append(f"model/{k}, which started from model/{start['partition']}")
+    return found
 
 
 def _tokenizer_domains(context: Context) -> list[str]:

@@ -24,7 +24,7 @@ from tiered.experts import (
 )
 from tiered.metrics import NONE, UNDEFINED, maximal_nmi
 from tiered.modeling_tiered import TieredForCausalLM
-from tiered.record import SCORING_CODE, environment
+from tiered.record import SCORING_CODE, training_environment
 from tiered.router import load_models, load_router, tiered_model
 from tiered.store import code_hash, content_hash, digest, read_json, seed_of, write_json
 from tiered.unlearning.controls import masked_hashes, removal_bpb
@@ -63,7 +63,7 @@ def compartments(
                 d: [context.data.split_hash(d, split) for split in ("test", "calibration")]
                 for d in context.data.domains
             },
-            "environment": environment(config),
+            "environment": training_environment(config),
             "code": code_hash(*CODE, "tiered/unlearning/purge.py"),
         }
     )

@@ -7,6 +7,7 @@ The weights stay in the checkpoint (halves of purged experts serve others), so n
 Shapes: G router groups, E experts per axis (expert ij has two indices); masks are (G, E, E).
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -16,9 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiered.experts import expert_scores, experts_of
-from tiered.methods import MODELS
 from tiered.metrics import NOT_APPLICABLE
-from tiered.record import environment
+from tiered.record import training_environment
 from tiered.router import load_models
 from tiered.store import code_hash, content_hash, digest, seed_of
 from tiered.unlearning.systems import Context, Forget, NotApplicable, Outcome, edited
@@ -103,7 +103,7 @@ def calibration_scores(context: Context, forget: Forget, k: int) -> Scores:
             "model": content_hash(context.models[k]),
             "data": {d: context.data.split_hash(d, "calibration") for d in domains},
             "batch_rows": context.config.eval.batch_rows,
-            "environment": environment(context.config),
+            "environment": training_environment(context.config),
             "code": code_hash("tiered/experts.py"),
         }
     )
@@ -221,8 +221,9 @@ def reinit(context: Context, forget: Forget) -> Outcome:
         def make(model: torch.nn.Module, k: int = k) -> dict:
             seed = seed_of(context.config.seed, "train", context.partitions.identity(k))
             torch.manual_seed(seed)
-            fresh = MODELS[context.config.model.type].build(model.config)
-            model.load_state_dict(fresh.state_dict())
+            state = type(model)(copy.deepcopy(model.config)).state_dict()
+            kept = {n for n, p in model.named_parameters() if not p.requires_grad}  # of others, too
+            model.load_state_dict({n: w for n, w in state.items() if n not in kept}, strict=False)
             return {"tokens": 0}
 
         changed[k] = edited(context, k, {"operation": "reinit"}, make, PURGE_CODE, begin)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from tiered import shared_trunk
@@ -20,7 +21,7 @@ from tiered.config import Config
 from tiered.data import ProcessedData, Rows
 from tiered.modeling_tiered import TieredForCausalLM
 from tiered.partition import PartitionMap
-from tiered.record import device_of, environment
+from tiered.record import device_of, training_environment
 from tiered.router import load_models, load_router, tiered_model
 from tiered.store import (
     TIMINGS,
@@ -181,14 +182,17 @@ def edited(
     """
     source, config = context.models[k], context.config
     made_from = {"model": content_hash(source), **inputs}
-    key = digest([made_from, environment(config), code_hash(*code)])
+    key = digest([made_from, training_environment(config), code_hash(*code)])
     folder = config.store_dir / "edited" / key
     if is_complete(folder) and not config.overwrite:
         verify(folder)
         return folder, True
     model = load_models({k: source})[k].to(device_of(config))
     shared_trunk.freeze_shared(model, source)
+    shared = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     record = edit(model)
+    changed = [n for n, p in shared.items() if not torch.equal(model.get_parameter(n), p)]
+    assert not changed, f"{changed[0]} is shared by all partitions"
     for name, values in model.state_dict().items():
         if values.is_floating_point() and not values.isfinite().all():
             raise UserError(

@@ -43,11 +43,15 @@ def rmu(model: nn.Module, task: Task) -> dict[str, Any]:
     original = copy.deepcopy(model).eval()
     direction = task.generator("RMU direction").random(model.config.hidden_size)
     unit = torch.from_numpy(direction / np.linalg.norm(direction)).float().to(model.device)
+    own = {id(p) for p in model.parameters() if p.requires_grad}  # the others are not its alone
     model.requires_grad_(False)
     for layer in layers[max(0, depth - RMU_LAYERS) : depth]:
         block = layer.moe if hasattr(layer, "moe") else layer.mlp
         for name, parameter in block.named_parameters():
-            parameter.requires_grad_(name != "gate.weight")  # a Mixtral's router
+            # all but a Mixtral's router
+            parameter.requires_grad_(name != "gate.weight" and id(parameter) in own)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise NotApplicable(f"{NOT_APPLICABLE}: its layers are shared by all partitions")
 
     def loss(m: nn.Module, forget: torch.Tensor, retain: torch.Tensor, _: float) -> torch.Tensor:
         with torch.no_grad():

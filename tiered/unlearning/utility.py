@@ -14,7 +14,7 @@ from tiered.config import Config, load
 from tiered.data import ProcessedData, processed_key, unigram_log_probs
 from tiered.evaluation import first_position
 from tiered.partition import make_partition_map
-from tiered.record import SCORING_CODE, device_of, environment
+from tiered.record import SCORING_CODE, device_of, training_environment
 from tiered.router import load_models, run_models
 from tiered.scoring import score_prefixes
 from tiered.store import UserError, code_hash, content_hash, digest, read_json, write_json
@@ -44,6 +44,13 @@ def open_single(config: Config) -> tuple[Config, ProcessedData, dict[str, Path]]
     held = {k: [d for d in data.domains if k in partitions.touched(d)] for k in models}
     if max(map(len, held.values())) > 1:
         raise UserError(f"{where}: {folder} has partitions of several domains")
+    for k, domains in held.items():
+        record = read_json(models[k] / "record.json")
+        saw = {*record["partition"]["present"], *((record["seed"] or {}).get("domains") or [])}
+        if saw != set(domains):
+            raise UserError(
+                f"{where}: {folder}'s model of {domains[0]} was not trained on it alone"
+            )
     present = set(config.all_domains) - set(config.data.exclude_domains)
     missing = sorted(present - {d for domains in held.values() for d in domains})
     if missing:
@@ -69,7 +76,7 @@ def alone(context: Context) -> dict[str, Alone] | None:
             "models": {d: content_hash(folder) for d, folder in models.items()},
             "rows": {d: [data.split_hash(d, s) for s in ("train", "test")] for d in models},
             "settings": [first, count, batch_rows],
-            "environment": environment(config),
+            "environment": training_environment(config),
             "code": code_hash(*SCORING_CODE, "tiered/unlearning/utility.py"),
         }
     )
