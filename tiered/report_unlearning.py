@@ -547,18 +547,21 @@ def plot_gap(runs: list[Run], forget: str) -> plt.Figure | None:
         return None
     names = [n for n in _operations(shown, forget) if n != "original" and not is_seed(n)]
     figure, panels = _panels(len(shown), 3, (3.9, 3.7), sharey=True)
+    highest = 0.0
     for axes, run in zip(panels, shown, strict=True):
         measured = run.measured(forget)
         spread = measured["gold"].get("envelope", {}).get("gap_to_gold")
         if spread is not None:
             axes.axhspan(0, spread, color="0.88", lw=0)
         axes.axhline(point(measured["original"]["gap_to_gold"]), color="0.5", lw=0.8, ls="--")
+        highest = max(highest, point(measured["original"]["gap_to_gold"]))
         taken: list[tuple[float, float]] = []
         for i, name in enumerate(names, 1):
             if name not in measured:
                 continue
             timings = read_json(run.of_operation(forget, name, "timings.json"))
             x, y = max(timings["RTE_seconds"], 1e-3), point(measured[name]["gap_to_gold"])
+            highest = max(highest, y)
             fill = "black" if measured[name]["exact"] else "white"
             axes.plot(x, y, "o", color="black", mfc=fill, ms=5, zorder=3)
             # numbers of near points go beside one another
@@ -575,8 +578,8 @@ def plot_gap(runs: list[Run], forget: str) -> plt.Figure | None:
             )
         axes.set_xscale("log")
         axes.margins(0.18, 0.12)
-        axes.set_ylim(bottom=-0.005)
         axes.set_title(run.label, fontsize=10)
+    panels[0].set_ylim(-0.005, 1.12 * highest)  # of all panels: they share it
     panels[0].set_ylabel("mean gap to gold (UA, RA, TA, MIA efficacy)")
     figure.supxlabel(
         "time of the operation (seconds, log)\nfilled: exact; dashed: original; shaded: golds of"
