@@ -1,7 +1,9 @@
 """Atomic artefacts: complete or absent, damaged ones noticed, old content kept on failure."""
 
 import os
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +44,18 @@ def test_a_killed_writer_is_cleaned_up_and_a_living_one_is_kept(tmp_path):
     alive.mkdir()
     make(tmp_path / "x")
     assert not dead.exists() and alive.exists()
+
+
+def test_a_writer_that_ended_and_was_not_waited_for_is_cleaned_up(tmp_path):
+    ended = subprocess.Popen(["true"])
+    stat = Path(f"/proc/{ended.pid}/stat")
+    while stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    left = tmp_path / f".a.tmp{ended.pid}"
+    left.mkdir()
+    store.remove_leftovers(tmp_path / "a")
+    assert not left.exists()
+    ended.wait()
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):

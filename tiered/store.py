@@ -182,13 +182,18 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _alive(process: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for yet does not."""
     try:
         os.kill(process, 0)
+        # after the name in parentheses, which may hold anything: the state, Z for such a one
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except FileNotFoundError:
+        return not Path("/proc/self").exists()  # it has just ended, or there is no /proc here
+    except OSError:  # another user's
         return True
-    return True
+    return state not in "ZX"
 
 
 def is_complete(folder: Path) -> bool:
