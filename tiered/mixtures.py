@@ -98,11 +98,11 @@ def hindsight(evidence: Evidence, settings: MixtureSettings) -> torch.Tensor:
     return chosen[:, None].expand(evidence.log_probs.shape)
 
 
-def cached_prior(log_probs: torch.Tensor, likelihood: str = "cumulative") -> torch.Tensor:
-    """Probabilities (N,) that updating ends with on rows (R, S, N), from equal ones."""
+def cached_prior(log_probs: torch.Tensor) -> torch.Tensor:
+    """Probabilities (N,) that updating ends with on whole rows (R, S, N), from equal ones."""
     count = log_probs.shape[-1]
     prior = torch.full((count,), 1 / count, dtype=torch.float64)
-    return _updated(log_probs, prior, MixtureSettings(likelihood=likelihood))[1]
+    return _updated(log_probs, prior, MixtureSettings())[1]
 
 
 MIXTURES: dict[str, Callable[[Evidence, MixtureSettings], torch.Tensor]] = {

@@ -73,7 +73,7 @@ def model_inputs(
         own |= {
             "from": [model_inputs(config, data, partitions, j) for j in founding(partitions)],
             "chosen_by": data.split_hash(present[0], "validation"),
-            "choice": [config.eval.cached_rows, config.eval.likelihood],
+            "choice": config.eval.cached_rows,
             "learning_rate": config.training.added_learning_rate,
         }
     return digest(own)
