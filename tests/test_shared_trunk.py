@@ -81,7 +81,7 @@ def test_parts_are_llamas_that_compute_what_the_whole_does(project):
         assert torch.equal(part(ids).logits, expected)
         # one file of the trunk for all
         assert (folder / SHARED).stat().st_ino == (whole / SHARED).stat().st_ino
-    # 3 layers' worth of tensors by hand: gate, up and down of each of 2 layers are an expert's own
+    # an expert's own are gate, up and down of both layers
     own = own_weights(models(project, "demix")["1"])
     parts = ("gate_proj", "up_proj", "down_proj")
     assert own == sorted(f"model.layers.{i}.mlp.{p}.weight" for i in (0, 1) for p in parts)

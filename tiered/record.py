@@ -55,9 +55,14 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def world_size() -> int:
+    """Processes of this call: torchrun's ranks, or 1."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def wait_for_ranks(config: Config) -> None:
     """Under torchrun: go on when every rank has come this far."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         from accelerate import PartialState  # makes the process group where nothing has yet
 
         PartialState(cpu=device_of(config).type == "cpu").wait_for_everyone()
@@ -98,7 +103,7 @@ def environment(config: Config) -> dict[str, Any]:
         "threads": config.threads or os.cpu_count(),
         "device": device.type,
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": world_size(),
         "code": code_hash(*TRAINING_CODE),
     }
 
@@ -119,7 +124,7 @@ def _version(library: str) -> str:
 def start(config: Config, stage: str) -> None:
     """Write config.yaml and record.json of the run folder, before the stage does any work."""
     set_up_process(config)
-    if stage != "run_clm" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if stage != "run_clm" and world_size() > 1:
         raise UserError(f"{stage}: runs in one process; torchrun is for run_clm.py")
     if not is_main_process():
         return

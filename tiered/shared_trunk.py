@@ -24,7 +24,13 @@ from tiered.fitting import Fit, fit
 from tiered.joint import JointTrainer, LabelledBlocks, micro_batch_rows
 from tiered.methods import MODELS
 from tiered.partition import PartitionMap
-from tiered.record import environment, is_main_process, training_environment, wait_for_ranks
+from tiered.record import (
+    environment,
+    is_main_process,
+    training_environment,
+    wait_for_ranks,
+    world_size,
+)
 from tiered.store import (
     TIMINGS,
     UserError,
@@ -110,7 +116,7 @@ def train_whole(config: Config, data: ProcessedData, partitions: PartitionMap) -
         labels.append(np.full(len(part), k))
         counts = {d: counts.get(d, 0) + found.get(d, 0) for d in {**counts, **found}}
     kind, section = MODELS[config.model.type], config.training
-    micro_batches = section.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batches = section.gradient_accumulation_steps * world_size()
     configured = len(founding(partitions))
     arguments = training_arguments(config, 1.0)
     per_step = arguments["per_device_train_batch_size"] * micro_batches

@@ -5,7 +5,6 @@ The order of blocks is one permutation per epoch, a function of the seed; the se
 other's data, on the order of training, or on how often the run was killed.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -30,7 +29,8 @@ from tiered.joint import BalancedBlocks, micro_batch_rows
 from tiered.methods import MODELS
 from tiered.nearest import nearest_partition
 from tiered.partition import PartitionMap, make_partition_map
-from tiered.record import environment, set_up_process, training_environment
+from tiered.record import environment, set_up_process, training_environment, world_size
+from tiered.shared_trunk import founding
 from tiered.store import (
     TOKENIZER_RECORD,
     UserError,
@@ -153,10 +153,12 @@ def train_partition(
     folder = model_folder(config, data, partitions, k)
     if folder is None:
         return None
-    if is_complete(folder) and not config.overwrite:
+    part = shared_trunk.is_shared(config) and not adapts(config, partitions, k)
+    # ranks wait for one another where parts are published: none may pass by that
+    if is_complete(folder) and not config.overwrite and not (part and world_size() > 1):
         verify(folder)
         return folder
-    if shared_trunk.is_shared(config) and not adapts(config, partitions, k):
+    if part:
         folders = {j: model_folder(config, data, partitions, j) for j in founding(partitions)}
         folders = {j: path for j, path in folders.items() if path is not None}
         shared_trunk.publish_parts(
@@ -230,7 +232,7 @@ def _in_order(
     epochs, section = config.training.num_train_epochs, config.training
     if not section.balanced:
         return OrderedBlocks(blocks, epochs, job.seed, separator)
-    micro_batches = section.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+    micro_batches = section.gradient_accumulation_steps * world_size()
     per_step = job.arguments["per_device_train_batch_size"] * micro_batches
     configured = len(partitions.members[k])
     rows = micro_batch_rows(per_step, configured, len(counts), micro_batches, "domains")
@@ -239,11 +241,6 @@ def _in_order(
     places = [sorted(partitions.members[k]).index(d) for d in counts]
     labels = np.repeat(places, list(counts.values()))
     return BalancedBlocks(blocks, labels, per_step // configured, epochs, job.seed, separator)
-
-
-def founding(partitions: PartitionMap) -> range:
-    """Partitions that were configured from the start."""
-    return shared_trunk.founding(partitions)
 
 
 def _adapt(
@@ -357,7 +354,7 @@ def train_at_once(configs: list[Config], missing: Callable[[Config], dict[Path, 
     is needed.
     """
     calls: dict[Path, Call] = {}
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         return
     for config in configs:
         if config.training.num_proc > 1 and not config.overwrite:
