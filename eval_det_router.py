@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
+from tiered.baselines.glider import Inside, router_cosines, sentence_cosines
 from tiered.branching import has_own_seed, outside_folder
 from tiered.config import ROUTED_INSIDE, Config, run_script
 from tiered.data import ProcessedData
@@ -24,7 +24,8 @@ from tiered.evaluation import (
     score_cache,
     write_rows,
 )
-from tiered.partition import make_partition_map
+from tiered.modeling_tiered import Level1Router
+from tiered.partition import PartitionMap, make_partition_map
 from tiered.record import device_of, start, timed
 from tiered.router import check_router, load_models, load_router, run_models, tiered_model
 from tiered.store import UserError, read_json, verify, write_json
@@ -37,9 +38,13 @@ def routes_inside(config: Config) -> bool:
 
 
 def experts_inside(
-    config: Config, data: ProcessedData, folders: dict[int, Path]
-) -> PreTrainedModel:
-    """The model of all of a run's LoRA experts, on the config's device."""
+    config: Config,
+    data: ProcessedData,
+    partitions: PartitionMap,
+    router: Level1Router,
+    folders: dict[int, Path],
+) -> Inside:
+    """The model of all of a run's LoRA experts, on the config's device, and its queries."""
     from tiered.baselines.lora_experts import load_experts  # peft takes seconds to import
 
     base = config.run_dir / "seed_lm" if has_own_seed(config) else outside_folder(config)
@@ -59,7 +64,10 @@ def experts_inside(
         alpha_high=high,
         alpha_low=low,
     )
-    return model.to(device_of(config))
+    model = model.to(device_of(config))
+    if config.eval.glider_encoder:
+        return Inside(model, sentence_cosines(config, data, partitions, model.experts))
+    return Inside(model, router_cosines(config, router, model.experts))
 
 
 def main(config: Config) -> None:
@@ -89,7 +97,9 @@ def main(config: Config) -> None:
             result, table = evaluate(config, data, partitions, model, cache, progress)
             # 4. mixtures: every partition's model on every row
             if config.eval.mixtures:
-                inside = experts_inside(config, data, folders) if routes_inside(config) else None
+                inside = None
+                if routes_inside(config):
+                    inside = experts_inside(config, data, partitions, model.router, folders)
                 result["mixtures"], mixed = evaluate_mixtures(
                     config, data, partitions, model, cache, progress, inside
                 )

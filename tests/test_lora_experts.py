@@ -1,6 +1,7 @@
 """LoRA experts: routing rules against hand-computed values, peft as the reference, a run."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,23 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from tests.conftest import run_stages, tiny_project
+from tiered.baselines.glider import (
+    Inside,
+    domain_embeddings,
+    glider_inputs,
+    router_cosines,
+    sentence_cosines,
+)
 from tiered.baselines.lora_experts import (
     ADAPTER,
     MEAN_ROWS,
@@ -390,31 +405,106 @@ def test_evaluation_of_experts_routed_inside(project, monkeypatch):
     router = load_router(config.run_dir / "router", "")
     tiered = tiered_model(config, partitions, router, load_models(found))
     rows = data.rows("hi", "test", 8)
-    inside = load_experts(project / "runs/lora/seed_lm", folders(project, "lora"))
+    experts = load_experts(project / "runs/lora/seed_lm", folders(project, "lora"))
+    inside = Inside(experts, router_cosines(config, tiered.router, experts.experts))
     ids = rows.input_ids
-    nats = score_inside(config, tiered, inside, ids, "glider")
+    nats = score_inside(config, inside, ids, "glider")
     bpb = nats.sum() / math.log(2) / rows.token_bytes[:, 1:].sum()
     assert bpb == pytest.approx(mixtures["domains"]["hi"]["glider"]["bpb"], abs=1e-5)
     # no choice depends on a later token, and a query's not on any after the first eight
     changed = ids.copy()
     changed[:, 12:] = 7
     for routing in ("phatgoose", "glider", "average_activation", "arrow"):
-        both = [score_inside(config, tiered, inside, i, routing) for i in (ids, changed)]
+        both = [score_inside(config, inside, i, routing) for i in (ids, changed)]
         assert np.array_equal(both[0][:, :11], both[1][:, :11]), routing
         assert not np.array_equal(both[0][:, 11:], both[1][:, 11:])
     tokens = torch.from_numpy(changed[:, :-1]).long()
     cosines = tiered.router.scores(tokens)
     cosines[:, 7:] = cosines[:, 7:8]
-    logits = inside(tokens, routing="glider", cosines=cosines).logits.double().log_softmax(-1)
+    logits = experts(tokens, routing="glider", cosines=cosines).logits.double().log_softmax(-1)
     expected = -logits.gather(-1, torch.from_numpy(changed[:, 1:, None]).long())[..., 0].detach()
-    assert np.allclose(
-        score_inside(config, tiered, inside, changed, "glider"), expected.numpy(), atol=1e-4
-    )
+    assert np.allclose(score_inside(config, inside, changed, "glider"), expected.numpy(), atol=1e-4)
     prefix = ids[:, :12]
     # Arrow, PHATGOOSE and Glider agree where there is but one expert
     one = load_experts(project / "runs/lora/seed_lm", {1: folders(project, "lora")[1]})
-    alone = [score_inside(config, tiered, one, prefix, r) for r in ("phatgoose", "glider", "arrow")]
+    one = Inside(one, router_cosines(config, tiered.router, one.experts))
+    alone = [score_inside(config, one, prefix, r) for r in ("phatgoose", "glider", "arrow")]
     assert alone[0] == pytest.approx(alone[1]) and alone[0] == pytest.approx(alone[2])
+
+
+@pytest.fixture(scope="module")
+def encoder(project, tmp_path_factory) -> Path:
+    """A BERT of random weights with a tokenizer of its own: a sentence-embedding model."""
+    folder = tmp_path_factory.mktemp("encoder")
+    (data,) = (project / "processed").glob("*/tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(data)
+    tokenizer.add_special_tokens({"pad_token": "[PADDING]"})
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    made = BertConfig(vocab_size=len(tokenizer), intermediate_size=16, **sizes)
+    BertModel(made).save_pretrained(folder)
+    return folder
+
+
+@torch.inference_mode()
+def test_gliders_query_by_a_sentence_embedding_model(project, encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(project)
+    texts = {"hi": "Text in Hindi.", "si": "Text in Sinhala, which is longer.", "de": "German"}
+    written = tmp_path / "descriptions.yaml"
+    written.write_text("".join(f"{d}: {t}\n" for d, t in texts.items()))
+    named = (f"output_dir={tmp_path}", f"eval.glider_encoder={encoder}")
+    config = load("configs/lora.yaml", (*named, f"eval.glider_descriptions={written}"))
+    data, partitions = ProcessedData(config), make_partition_map(config)
+    bert, tokenizer = BertModel.from_pretrained(encoder), AutoTokenizer.from_pretrained(encoder)
+
+    def alone(text: str) -> np.ndarray:
+        """One text, no padding."""
+        hidden = bert(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0].numpy()
+        return hidden.mean(0) / np.linalg.norm(hidden.mean(0))
+
+    rows = data.rows("de", "test", 6).input_ids
+    tokens = torch.from_numpy(rows[:, :-1]).long()
+    queries = [alone(data.tokenizer.decode(row[:8])) for row in rows]
+    for experts in ([0, 1, 2], [0, 2]):
+        found = sentence_cosines(config, data, partitions, experts)(tokens)
+        assert found.shape == (*tokens.shape, len(experts))
+        assert not found[:, :7].any()  # the query is not whole yet
+        names = [("hi", "si", "de")[k] for k in experts]
+        expected = [[q @ alone(texts[d]) for d in names] for q in queries]
+        assert np.allclose(found[:, 7], expected, atol=1e-5)
+        assert torch.equal(found[:, 7:], found[:, 7:8].expand_as(found[:, 7:]))
+    # until then PHATGOOSE decides, from then on both
+    model = load_experts(project / "runs/lora/seed_lm", folders(project, "lora"))
+    inside = Inside(model, sentence_cosines(config, data, partitions, [0, 1, 2]))
+    both = [score_inside(config, inside, rows, routing) for routing in ("phatgoose", "glider")]
+    assert np.allclose(both[0][:, :7], both[1][:, :7], atol=1e-6)
+    assert not np.allclose(both[0][:, 7:], both[1][:, 7:], atol=1e-6)
+    # nobody has described the domains: their documents' beginnings do
+    config = load("configs/lora.yaml", named)
+    vectors = domain_embeddings(config, data)
+    begin = data.rows("si", "router", 64).input_ids[:, :8]
+    mean = np.mean([alone(data.tokenizer.decode(row)) for row in begin], 0)
+    assert np.allclose(vectors["si"], mean / np.linalg.norm(mean), atol=1e-5)
+    monkeypatch.setattr(
+        "tiered.baselines.glider._encoder", None
+    )  # from here on they come from the store
+    assert torch.equal(domain_embeddings(config, data)["si"], vectors["si"])
+
+
+def test_an_evaluation_by_a_sentence_embedding_model(project, encoder, tmp_path):
+    """Another encoder is another evaluation; an unchanged one is not scored again."""
+    shutil.copytree(project / "runs", tmp_path / "runs")
+    arguments = (f"output_dir={tmp_path}/runs", f"eval.glider_encoder={encoder}")
+    path, mixtures = tmp_path / "runs/lora/eval/utility.json", []
+    for extra in ((), arguments, arguments):
+        override = extra or (arguments[0],)
+        run_stages(project, ("eval_det_router",), "configs/lora.yaml", *override)
+        mixtures.append((path.stat().st_mtime_ns, read_json(path)["mixtures"]["macro"]))
+    first, second, third = mixtures
+    assert first[1]["glider"] != second[1]["glider"]
+    assert first[1]["phatgoose"] == second[1]["phatgoose"]
+    assert second == third
 
 
 def test_removing_an_expert_is_exact_where_the_seed_never_saw_its_domain(project):
@@ -448,6 +538,7 @@ def test_mistakes_in_a_config_are_one_line(project, monkeypatch):
         ("model.init_from=", "model.init_from: lora needs a seed LM"),
         ("model.type=llama", "eval.mixtures: base routes experts of model.type lora"),
         ("eval.glider_alphas=3", "eval.glider_alphas: two numbers"),
+        ("eval.glider_descriptions=a.yaml", "eval.glider_descriptions: needs eval.glider_encoder"),
         ("training.added_from=nearest", "training.added_from: an added domain of model.type lora"),
         ("seed_lm.type=demix", "seed_lm.type: a lora cannot start from a demix"),
         ("seed_lm.type=lora", "seed_lm.type: a lora cannot start from a lora"),
@@ -456,9 +547,34 @@ def test_mistakes_in_a_config_are_one_line(project, monkeypatch):
     ):
         with pytest.raises(UserError, match=text):
             load("configs/lora.yaml", (override,))
+    text = "eval.glider_encoder: eval.mixtures has no glider"
+    with pytest.raises(UserError, match=text):
+        load("configs/lora.yaml", ("eval.mixtures=base", "eval.glider_encoder=somewhere"))
     none = load("configs/lora.yaml", ("seed_lm.domains=hi", "data.exclude_domains=hi"))
     with pytest.raises(UserError, match=r"seed_lm\.domains: the seed LM has no data"):
         seed_config(none)
+
+
+def test_mistakes_in_descriptions_are_one_line(project, encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(project)
+    path = tmp_path / "d.yaml"
+    for content, text in (
+        ("hi: a\nsi: b\n", "says nothing of de"),
+        ("- a\n", "is no mapping of domain to text"),
+        ("hi: a\nsi: b\nde: 3\n", "is no mapping of domain to text"),
+        ("a: b: c\n", "cannot be read"),
+    ):
+        path.write_text(content)
+        given = (f"eval.glider_encoder={encoder}", f"eval.glider_descriptions={path}")
+        config = load("configs/lora.yaml", given)
+        with pytest.raises(UserError, match=f"eval.glider_descriptions: .*{text}"):
+            glider_inputs(config, ProcessedData(config))
+    config = load("configs/lora.yaml", (f"eval.glider_encoder={tmp_path}",))
+    with pytest.raises(UserError, match=r"eval\.glider_encoder: .* holds no model"):
+        glider_inputs(config, ProcessedData(config))
+    config = load("configs/lora.yaml", ("eval.glider_encoder=no/such",))
+    with pytest.raises(UserError, match=r"eval\.glider_encoder: 'no/such' is neither a folder nor"):
+        glider_inputs(config, ProcessedData(config))
 
 
 def test_adapters_read_back_by_module(project):

@@ -107,37 +107,42 @@ def excluded_documents(config: Config) -> dict[str, frozenset[str]]:
 
 
 @functools.cache
-def _outside(name: str) -> tuple[Path, str]:
-    """Folder and content hash of a checkpoint given by folder or hub name."""
+def outside(name: str, key: str, kept: tuple[str, ...]) -> tuple[Path, str]:
+    """Folder and content hash of a checkpoint given by folder or hub name.
+
+    kept: endings of the files that are hashed; key: the config's, for UserError where there is no
+    such model.
+    """
     folder = Path(name)
     if not folder.is_dir():
         try:
             from huggingface_hub import snapshot_download
 
-            wanted = ["*.json", "*.safetensors", "*.model"]
+            wanted = ["*.json", "*.safetensors", "*.model", "*.txt"]
             folder = Path(snapshot_download(name, allow_patterns=wanted))
         except Exception as error:  # the hub client has a dozen of them
             raise UserError(
-                f"model.init_from: {name!r} is neither `seed`, a folder nor a model that the hub"
-                f" gives ({' '.join(str(error).split())[:160]})"
+                f"{key}: {name!r} is neither a folder nor a model that the hub gives"
+                f" ({' '.join(str(error).split())[:160]})"
             ) from None
-    kept = ("config.json", ".safetensors")
     hashes = {n: h for n, h in tree_hashes(folder).items() if n.endswith(kept)}
     if "config.json" not in hashes or not list(folder.glob("*.safetensors")):
-        raise UserError(
-            f"model.init_from: {folder} holds no model (config.json and .safetensors files)"
-        )
+        raise UserError(f"{key}: {folder} holds no model (config.json and .safetensors files)")
     return folder, digest(hashes)
+
+
+def _outside(config: Config) -> tuple[Path, str]:
+    return outside(config.model.init_from, "model.init_from", ("config.json", ".safetensors"))
 
 
 def outside_folder(config: Config) -> Path:
     """Folder of a seed LM that comes from outside."""
-    return _outside(config.model.init_from)[0]
+    return _outside(config)[0]
 
 
 def outside_hash(config: Config) -> str:
     """Content hash of a seed LM that comes from outside."""
-    return _outside(config.model.init_from)[1]
+    return _outside(config)[1]
 
 
 def seed_domains(folder: Path) -> list[str] | None:

@@ -422,6 +422,16 @@ class EvalConfig:
     glider_alphas: tuple[float, ...] = opt(
         (100.0, 3.0), "glider: weight of the global score from the threshold on, and below", low=0
     )
+    glider_encoder: str = opt(
+        "",
+        "glider: folder or hub name of a sentence-embedding model (mean of the last layer) that"
+        " compares queries with experts; empty: the Level-1 embedder",
+    )
+    glider_descriptions: str = opt(
+        "",
+        "glider_encoder: YAML file, domain to a description that is embedded for its expert, as an"
+        " LLM or a person wrote it; empty: beginnings of its router-split documents",
+    )
     cached_rows: int = opt(100, "validation rows that make the cached prior", low=1)
     context_lengths: tuple[int, ...] = opt(
         (1, 2, 4, 8, 16, 32, 64),
@@ -946,6 +956,10 @@ def _check_training(config: Config) -> None:
         raise UserError(f"eval.mixtures: {inside[0]} routes experts of model.type lora")
     if "glider" in inside and config.partition.method == "cluster":
         raise UserError("eval.mixtures: glider needs cosines; a cluster map's router has distances")
+    if config.eval.glider_encoder and "glider" not in inside:
+        raise UserError("eval.glider_encoder: eval.mixtures has no glider that would use it")
+    if config.eval.glider_descriptions and not config.eval.glider_encoder:
+        raise UserError("eval.glider_descriptions: needs eval.glider_encoder to embed them")
     if len(config.eval.glider_alphas) != 2:
         raise UserError("eval.glider_alphas: two numbers, from the threshold on and below it")
     if config.model.type in SHARED_TRUNK:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel
 
+from tiered.baselines.glider import Inside, glider_inputs
 from tiered.config import ROUTED_INSIDE, Config, plain
 from tiered.data import ProcessedData, Rows, unigram_log_probs
 from tiered.metrics import UNDEFINED, bits_per_byte, maximal_nmi, partition_nmi
@@ -294,7 +295,7 @@ def score_mixtures(
     rows: Rows,
     earlier: Rows,
     cache: ScoreCache | None = None,
-    inside: PreTrainedModel | None = None,
+    inside: Inside | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """Summed nats per row (R,) of every configured mixture, from one pass of every partition; and
     those (R, N) of every partition alone, NaN where it is absent (None: none was needed).
@@ -314,7 +315,7 @@ def score_mixtures(
     for name in ROUTED_INSIDE:
         if name in wanted:
             del wanted[name]
-            results[name] = score_inside(config, model, inside, rows.input_ids, name).sum(1)
+            results[name] = score_inside(config, inside, rows.input_ids, name).sum(1)
     if not wanted:
         return results, None
     cached = any(name == "bayes_cached" for name, _ in wanted.values())
@@ -333,28 +334,15 @@ def score_mixtures(
 
 
 @torch.inference_mode()
-def score_inside(
-    config: Config,
-    model: TieredForCausalLM,
-    inside: PreTrainedModel,
-    input_ids: np.ndarray,
-    routing: str,
-) -> np.ndarray:
-    """Nats (R, S) float64 of tokens (R, T) under experts chosen in every linear map.
-
-    Glider's query is what the router reads before it decides: the first router.context_tokens
-    tokens, and for the positions among them what there is so far; its embedding is the router's.
-    """
+def score_inside(config: Config, inside: Inside, input_ids: np.ndarray, routing: str) -> np.ndarray:
+    """Nats (R, S) float64 of tokens (R, T) under experts chosen in every linear map."""
     ids, parts = torch.from_numpy(np.ascontiguousarray(input_ids)), []
     for batch in ids.split(config.eval.batch_rows):
-        tokens, given = batch[:, :-1].to(model.device), {}
+        tokens, given = batch[:, :-1].to(inside.model.device), {}
         if routing == "glider":
-            cosines = model.router.scores(tokens)[..., inside.experts]
-            decides = config.router.context_tokens - 1
-            cosines[:, decides:] = cosines[:, decides : decides + 1]
-            given["cosines"] = cosines
+            given["cosines"] = inside.cosines(tokens)
         name = "none" if routing == "base" else routing
-        logits = inside(tokens, routing=name, use_cache=False, **given).logits.float()
+        logits = inside.model(tokens, routing=name, use_cache=False, **given).logits.float()
         nll = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), batch[:, 1:].flatten().to(logits.device), reduction="none"
         )
@@ -396,7 +384,7 @@ def evaluate_mixtures(
     model: TieredForCausalLM,
     cache: ScoreCache | None = None,
     progress: Progress = plain_progress,
-    inside: PreTrainedModel | None = None,
+    inside: Inside | None = None,
 ) -> tuple[dict[str, Any], pa.Table]:
     """Bits per byte and perplexity of every configured mixture, per domain and macro, with the
     perplexity of every partition's model on every domain and cluster; row sums.
@@ -481,6 +469,7 @@ def evaluation_key(
             },
             "novel": data.novel_domains,
             "eval": plain(config.eval),
+            "glider": glider_inputs(config, data),
             "environment": training_environment(config),  # LoRA experts are routed by their file
             "code": code_hash(*SCORING_CODE),
         }

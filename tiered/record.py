@@ -36,7 +36,7 @@ FAMILY_CODE = {  # model.type -> files that decide its models alone
 SCORING_CODE = tuple(
     f"tiered/{name}.py"
     for name in (
-        *("scoring", "evaluation", "mixtures", "metrics"),
+        *("scoring", "evaluation", "mixtures", "metrics", "baselines/glider"),
         *("unlearning/protocol", "unlearning/attacks", "unlearning/verbatim"),
     )
 )
