@@ -1,0 +1,460 @@
+"""The OLMoE family: transformers' OLMoE, brute force, hand-made tables."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
+
+from tiered.baselines.modeling_moe import (
+    Experts,
+    MoeConfig,
+    MoeForCausalLM,
+    Routing,
+    TreeExperts,
+    TreeRouter,
+    balancing_loss,
+    tree_paths,
+)
+
+SHAPE = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 3}
+SHAPE |= {"num_attention_heads": 2, "num_experts": 6, "num_experts_per_tok": 2}
+SHAPE |= {"max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 1}
+IDS = torch.randint(2, 50, (3, 9), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(IDS)
+MASK[0, 6:] = 0
+VARIANTS = {
+    "base": {},
+    "shared": {"num_shared_experts": 2},
+    "dense": {"num_dense_layers": 1},
+    "loss_free": {"balance_update_rate": 1e-3, "router_aux_loss_coef": 0.0},
+    "cross_layer": {"routing_stream_size": 4},
+    "bank": {"expert_bank_layers": 2},
+    "tree": {"tree_depth": 2, "tree_branching": 2, "intermediate_size": 32},
+    "uneven_tree": {"tree_depth": 2, "tree_branching": 3, "intermediate_size": 9},
+    "grouped": {"num_key_value_heads": 1, "norm_topk_prob": True, "tie_word_embeddings": True},
+}
+
+
+def make(variant: str = "base", seed: int = 0, **more) -> MoeForCausalLM:
+    torch.manual_seed(seed)
+    return MoeForCausalLM(MoeConfig(**{**SHAPE, **VARIANTS[variant], **more}))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_without_options_it_is_transformers_olmoe(padded, normalised):
+    """Logits, auxiliary loss, loss and gradients from the same weights, to 1e-6."""
+    torch.manual_seed(0)
+    theirs = OlmoeForCausalLM(OlmoeConfig(**SHAPE, norm_topk_prob=normalised)).train()
+    ours = make(norm_topk_prob=normalised, router_z_loss_coef=0.0).train()
+    ours.load_state_dict(theirs.state_dict())  # the same names
+    mask = MASK if padded else None
+    labels = IDS.masked_fill(MASK == 0, -100) if padded else IDS
+    a = theirs(IDS, attention_mask=mask, labels=labels, output_router_logits=True)
+    b = ours(IDS, attention_mask=mask, labels=labels, output_routing=True)
+    assert torch.allclose(a.logits, b.logits, atol=1e-6)
+    assert torch.allclose(a.aux_loss, b.aux_loss, atol=1e-6)
+    assert torch.allclose(a.loss, b.loss, atol=1e-6)
+    for x, y in zip(a.router_logits, b.routing, strict=True):
+        assert torch.allclose(x, y.logits, atol=1e-6)
+    a.loss.backward()
+    b.loss.backward()
+    found = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        assert torch.allclose(parameter.grad, found[name].grad, atol=1e-6), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_grouped_experts_are_the_loop_and_counts_are_those_of_the_model(variant):
+    model = make(variant)
+    grouped = model(IDS).logits
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.config._experts_implementation = "eager"
+    assert torch.allclose(grouped, model(IDS).logits, atol=1e-6)
+    counts, sizes = (
+        model.config.parameter_counts(),
+        {n: p.numel() for n, p in model.named_parameters()},
+    )
+    assert counts["total"] == sum(sizes.values())
+    assert counts["experts"] == sum(n for name, n in sizes.items() if ".experts." in name)
+    routers = ("mlp.gate", "mlp.stream", "routing_gate")
+    own = (
+        n
+        for name, n in sizes.items()
+        if any(r in name for r in routers) and "gate_proj" not in name
+    )
+    assert counts["routers"] == sum(own)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_checkpoint_loads_and_a_cache_changes_nothing(variant, tmp_path):
+    model = make(variant).eval()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    first = model(IDS[:, :5], use_cache=True)
+    rest = model(IDS[:, 5:], past_key_values=first.past_key_values)
+    both = torch.cat([first.logits, rest.logits], 1)
+    assert torch.allclose(both, model(IDS).logits, atol=1e-5)  # kernels for other lengths
+    written = [
+        model.generate(
+            IDS[:1, :4], max_new_tokens=6, use_cache=c, do_sample=False, eos_token_id=None
+        )
+        for c in (True, False)
+    ]
+    assert torch.equal(*written)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_counts_nowhere(variant):
+    """Losses of a padded batch are those of its rows without padding, and so is the load."""
+    model, other = make(variant).train(), make(variant).train()
+    labels = IDS.masked_fill(MASK == 0, -100)
+    padded = model(IDS, attention_mask=MASK, labels=labels, output_routing=True)
+    parts = [other(ids, labels=ids, output_routing=True) for ids in (IDS[:1, :6], IDS[1:])]
+    tokens = torch.tensor([6.0, 18.0])
+    z = (torch.stack([p.z_loss for p in parts]) * tokens).sum() / 24
+    assert torch.allclose(padded.z_loss, z, atol=1e-5)
+    united = tuple(
+        Routing(*(torch.cat(fields) for fields in zip(*layers, strict=True)))
+        for layers in zip(*(p.routing for p in parts), strict=True)
+    )
+    assert torch.allclose(padded.aux_loss, balancing_loss(united, None), atol=1e-5)
+    if model.config.balance_update_rate:
+        for one, two in zip(model.model.routers(), other.model.routers(), strict=True):
+            assert torch.equal(one.load, two.load) and one.load.sum() == 24 * 2
+
+
+def test_losses_by_hand():
+    """Two layers, two experts, one chosen; U sum f P over pooled layers; a mean of squares."""
+
+    def routing(logits, chosen):
+        logits = torch.tensor(logits)
+        return Routing(logits, logits.softmax(-1), torch.tensor(chosen), None, None)
+
+    quarter = torch.log(torch.tensor([0.25, 0.75])).tolist()
+    both = (
+        routing([quarter, quarter], [[1], [1]]),
+        routing([[0.0, 0.0], [0.0, 0.0]], [[0], [1]]),
+    )
+    f, p = [1 / 4, 3 / 4], [(0.5 + 1) / 4, (1.5 + 1) / 4]
+    expected = 2 * (f[0] * p[0] + f[1] * p[1])
+    assert balancing_loss(both, None).item() == pytest.approx(expected, abs=1e-6)
+    # without the second token
+    valid = torch.tensor([True, False])
+    f, p = [1 / 2, 1 / 2], [(0.25 + 0.5) / 2, (0.75 + 0.5) / 2]
+    expected = 2 * (f[0] * p[0] + f[1] * p[1])
+    assert balancing_loss(both, valid).item() == pytest.approx(expected, abs=1e-6)
+    router = make(num_hidden_layers=1).model.routers()[0]
+    squares = router.squared_log_sums(torch.tensor([[0.0, 0.0], [1.0, 3.0]]))
+    by_hand = [torch.tensor(2.0).log() ** 2, torch.tensor([1.0, 3.0]).exp().sum().log() ** 2]
+    assert torch.allclose(squares, torch.stack(by_hand))
+
+
+def test_losses_are_weighed_in_training_alone_and_once_per_step():
+    model = make("cross_layer", router_z_loss_coef=0.5, routing_offset_coef=0.25)
+    for router in model.model.routers():
+        torch.nn.init.normal_(router.weight)
+    out = model.eval()(IDS, labels=IDS)
+    assert out.loss == out.lm_loss
+    assert torch.allclose(
+        out.lm_loss, F.cross_entropy(out.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    )
+    out = model.train()(IDS, labels=IDS)
+    total = out.lm_loss + 0.01 * out.aux_loss + 0.5 * out.z_loss + 0.25 * out.offset_loss
+    assert torch.allclose(out.loss, total)
+    offsets = torch.stack([r.weight for r in model.model.routers()])
+    assert torch.allclose(out.offset_loss, offsets.square().mean())
+    # a micro-batch of 24 of 96 targets
+    part = model(IDS, labels=IDS, num_items_in_batch=96)
+    assert torch.allclose(part.loss, (24 / 96) * total, atol=1e-6)
+
+
+# --- balancing without a loss -----------------------------------------------------------------
+
+
+def test_a_bias_of_zero_changes_nothing_and_any_bias_selects_without_weighing():
+    plain, balanced = make().train(), make("loss_free").train()
+    balanced.load_state_dict(plain.state_dict(), strict=False)
+    a, b = (m(IDS, labels=IDS, output_routing=True) for m in (plain, balanced))
+    assert torch.equal(a.logits, b.logits)
+    router = balanced.model.routers()[0]
+    router.balance[4] = 10.0
+    x = torch.randn(20, 16, generator=torch.Generator().manual_seed(1))
+    routing = router(x)
+    assert (routing.chosen == 4).any(-1).all()
+    probs = F.linear(x, router.weight).softmax(-1)
+    assert torch.equal(routing.weights, probs.gather(-1, routing.chosen))
+    assert torch.equal(routing.chosen[:, 0], torch.full((20,), 4))
+
+
+def test_the_bias_moves_by_hand():
+    model = make("loss_free", num_experts=4).train()
+    router = model.model.routers()[0]
+    router.load.copy_(torch.tensor([5.0, 1.0, 3.0, 3.0]))  # mean 3
+    router.balance.copy_(torch.tensor([0.0, 0.002, 0.0, -0.001]))
+    model.after_optimizer_step()
+    expected = torch.tensor([-0.001, 0.003, 0.0, -0.001])
+    assert torch.equal(router.balance, expected)
+    assert not router.load.any()
+    # two micro-batches of a step are counted together, checkpointed layers once
+    model.gradient_checkpointing_enable()
+    for _ in range(2):
+        model(IDS, labels=IDS).loss.backward()
+    assert [r.load.sum().item() for r in model.model.routers()] == [2 * 27 * 2] * 3
+    with torch.no_grad():
+        model.eval()(IDS)
+    assert [r.load.sum().item() for r in model.model.routers()] == [2 * 27 * 2] * 3
+    assert "load" not in " ".join(model.state_dict())
+
+
+# --- trees ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("branching", [2, 3, 4])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 6])
+def test_tree_indices_are_those_of_an_enumeration(branching, depth):
+    """Edges numbered by a breadth-first walk; leaves in the order of their branches."""
+    edges, frontier = {}, [()]
+    for _ in range(depth):
+        frontier = [(*node, child) for node in frontier for child in range(branching)]
+        for edge in frontier:
+            edges[edge] = len(edges)
+    expected = [
+        [edges[leaf[: level + 1]] for level in range(depth)]
+        for leaf in itertools.product(range(branching), repeat=depth)
+    ]
+    assert tree_paths(branching, depth).tolist() == expected
+
+
+def tree(branching: int = 3, depth: int = 2, k: int = 2, width: int = 36) -> MoeConfig:
+    sizes = {"tree_branching": branching, "tree_depth": depth, "intermediate_size": width}
+    return MoeConfig(**{**SHAPE, **sizes, "num_experts_per_tok": k})
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 9])
+def test_a_trees_weights_are_those_of_a_walk_over_its_nodes(k):
+    config = tree(k=k)
+    torch.manual_seed(0)
+    router = TreeRouter(config)
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(7, 16)
+    routing = router(x)
+    paths = tree_paths(3, 2).tolist()
+    logits = F.linear(x, router.weight).double()
+    for token in range(7):
+        # branch probabilities, node by node: the root's edges 0-2, then 3-5, 6-8, 9-11
+        branch = {}
+        for first in (0, 3, 6, 9):
+            for i, p in enumerate(logits[token, first : first + 3].softmax(-1).tolist()):
+                branch[first + i] = p
+        leaves = [branch[a] * branch[b] for a, b in paths]
+        assert sum(leaves) == pytest.approx(1)
+        assert routing.probs[token].tolist() == pytest.approx(leaves, abs=1e-6)
+        best = sorted(range(9), key=lambda leaf: -leaves[leaf])[:k]
+        total, expected = sum(leaves[leaf] for leaf in best), dict.fromkeys(range(12), 0.0)
+        for leaf in best:
+            for edge in paths[leaf]:
+                expected[edge] += leaves[leaf] / total
+        found = dict.fromkeys(range(12), 0.0)
+        assert len(set(routing.index[token].tolist())) == routing.index.shape[1]
+        for edge, weight in zip(routing.index[token].tolist(), routing.weights[token], strict=True):
+            found[edge] += weight.item()
+        assert found == pytest.approx(expected, abs=1e-6)
+        if k == 9:  # all leaves: the product down to the edge
+            down = {e: branch[e] if e < 3 else branch[e] * branch[(e - 3) // 3] for e in range(12)}
+            assert found == pytest.approx(down, abs=1e-6)
+
+
+def test_a_trees_output_is_the_weighted_sum_of_its_edges_experts():
+    config = tree()
+    config._experts_implementation = "grouped_mm"
+    torch.manual_seed(0)
+    experts, router = TreeExperts(config), TreeRouter(config)
+    for parameter in (*experts.parameters(), *router.parameters()):
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(5, 16)
+    routing = router(x)
+    widths = [m.down_proj.shape[-1] for m in experts.levels]
+    assert widths == [12, 4]
+    for token in range(5):
+        expected = torch.zeros(16)
+        for edge, weight in zip(routing.index[token].tolist(), routing.weights[token], strict=True):
+            level, place = (0, edge) if edge < 3 else (1, edge - 3)
+            own = experts.levels[level]
+            gate, up = (own.gate_up_proj[place] @ x[token]).chunk(2)
+            expected = expected + weight * (own.down_proj[place] @ (F.silu(gate) * up))
+        found = experts(x, routing.index, routing.weights)[token]
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_trees_z_loss_is_the_mean_over_its_nodes():
+    router = TreeRouter(tree(branching=2, depth=2, width=4))
+    logits = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0, 2.0]])
+    by_hand = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 2.0]]).exp().sum(-1).log().square().mean()
+    assert router.squared_log_sums(logits).item() == pytest.approx(by_hand.item())
+
+
+# --- a routing stream, a bank, shared experts -------------------------------------------------
+
+
+def test_one_gate_matrix_for_all_layers_and_a_router_that_reads_the_stream_alone():
+    model = make("cross_layer").eval()
+    state = model.state_dict()
+    assert [n for n in state if "routing_gate" in n] == ["model.routing_gate.weight"]
+    assert state["model.routing_gate.weight"].shape == (6, 4)
+    offsets = [v for n, v in state.items() if n.endswith("mlp.gate.weight")]
+    assert len(offsets) == 3 and all(v.shape == (6, 4) and not v.any() for v in offsets)
+    streams, hooks = [], []
+    for layer in model.model.layers:
+        hooks.append(
+            layer.mlp.stream.register_forward_hook(lambda m, i, out: streams.append((*i, out)))
+        )
+    routing = model(IDS, output_routing=True).routing
+    shared = state["model.routing_gate.weight"]
+    previous = model.model.embed_routing(IDS)
+    for layer, (r, u, out), found in zip(model.model.layers, streams, routing, strict=True):
+        assert torch.equal(r, previous)
+        step = r + (u @ layer.mlp.stream.linear.weight.T) * F.silu(
+            u @ layer.mlp.stream.gate.weight.T
+        )
+        expected = step / (step.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        assert torch.allclose(out, expected, atol=1e-5)
+        assert torch.allclose(found.logits, (out @ shared.T).flatten(0, 1), atol=1e-5)
+        previous = out
+
+
+def test_layers_of_a_bank_use_the_same_experts():
+    model = make("bank").eval()
+    names = {n.split(".")[2] for n in model.state_dict() if ".experts." in n}
+    assert names == {"0", "2"}  # layers 0 and 1 share, 2 begins another bank
+    used = []
+    for layer in (0, 2):
+        experts = model.model.layers[layer].mlp.experts
+        experts.register_forward_hook(lambda *_, layer=layer: used.append(layer))
+    model(IDS)
+    assert used == [0, 0, 2]
+
+
+def test_shared_experts_are_added_and_dense_layers_route_nothing():
+    model = make("shared").eval()
+    block = model.model.layers[0].mlp
+    u = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        out, _, routing = block(u, block.experts)
+        routed = block.experts(u.flatten(0, 1), routing.index, routing.weights).view_as(u)
+        # two experts of width 8 side by side
+        gate, up, down = (
+            getattr(block.shared_experts, f"{n}_proj").weight for n in ("gate", "up", "down")
+        )
+        both = sum(
+            (F.silu(u @ gate[s].T) * (u @ up[s].T)) @ down[:, s].T
+            for s in (slice(0, 8), slice(8, 16))
+        )
+    assert torch.allclose(out, routed + both, atol=1e-6)
+    dense = make("dense")
+    assert len(dense(IDS, output_routing=True).routing) == 2
+    assert dense.model.layers[0].mlp.gate_proj.weight.shape == (2 * 8, 16)  # as wide as 2 experts
+
+
+# --- leaving experts out ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_leaving_out_nothing_is_the_original_and_everything_no_experts(variant, tmp_path):
+    model = make(variant).eval()
+    before, state = model(IDS).logits, {n: v.clone() for n, v in model.state_dict().items()}
+    shape = (model.config.num_moe_layers, model.config.num_experts)
+    for renormalize in (False, True):
+        model.purge_experts(torch.ones(shape), renormalize)
+        assert torch.allclose(model(IDS).logits, before, atol=1e-6)
+        model.purge_experts(torch.zeros(shape), renormalize)
+        blocks = [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "stream")]
+        hooks = [block.register_forward_hook(check_nothing_routed) for block in blocks]
+        model(IDS)
+        for hook in hooks:
+            hook.remove()
+    keep = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.4
+    model.purge_experts(keep, True)
+    purged = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, purged)
+    model.purge_experts(None)
+    assert torch.equal(model(IDS).logits, before)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    with pytest.raises(ValueError, match="keep: expected shape"):
+        model.purge_experts(torch.ones(1, 1))
+
+
+def check_nothing_routed(block, inputs, out):
+    expected = 0 if block.shared_experts is None else block.shared_experts(inputs[0])
+    assert torch.allclose(out[0], torch.as_tensor(expected, dtype=out[0].dtype), atol=1e-7)
+
+
+def test_purged_experts_are_gone_without_others_or_with_others_in_their_place():
+    model = make().eval()
+    router = model.model.routers()[0]
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(2)) * 10
+    before = router(x)
+    keep = torch.ones(3, 6).bool()
+    keep[0, 2] = False
+    model.purge_experts(keep)
+    after = router(x)
+    assert torch.equal(after.index, before.index)
+    assert torch.equal(after.weights, before.weights * (before.index != 2))
+    model.purge_experts(keep, renormalize=True)
+    others = router(x)
+    assert not (others.index == 2).any()
+    rest = [0, 1, 3, 4, 5]
+    probs = before.logits[:, rest].softmax(-1)
+    best = probs.topk(2, -1)
+    assert torch.allclose(others.weights, best.values, atol=1e-6)
+    assert torch.equal(torch.tensor(rest)[best.indices], others.index)
+
+
+def test_a_purged_unit_is_not_brought_back_by_its_bias():
+    model = make("loss_free").eval()
+    router = model.model.routers()[0]
+    router.balance[2] = 5.0
+    keep = torch.ones(3, 6).bool()
+    keep[0, 2] = False
+    model.purge_experts(keep, renormalize=True)
+    assert not (router(torch.randn(30, 16)).index == 2).any()
+
+
+# --- sizes and mistakes -----------------------------------------------------------------------
+
+
+def test_the_published_size():
+    """OLMoE-1B-7B: 6.9 billion parameters, 1.3 of them for a token (arXiv:2409.02060)."""
+    config = MoeConfig(intermediate_size=1024)
+    with torch.device("meta"):
+        model = MoeForCausalLM(config)
+    counts = config.parameter_counts()
+    assert sum(p.numel() for p in model.parameters()) == counts["total"] == 6_919_161_856
+    assert counts["active"] == 1_282_017_280
+    # by hand: 16 layers of 4 D^2 + 8 experts of 3 D I + router, and the head; causal attention
+    products = 16 * (4 * 2048**2 + 8 * 3 * 2048 * 1024 + 64 * 2048 + 4 * 2048) + 50304 * 2048 + 2048
+    assert config.flops_per_token(4096) == 2 * products + 16 * 2 * 2048 * 4097
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok: 7 must be between 1 and 6, the experts"),
+        ({"tree_depth": 2, "num_experts_per_tok": 5}, "between 1 and 4, the leaves"),
+        ({"tree_depth": 4}, "intermediate_size: 8 must be a multiple of 16"),
+        ({"num_dense_layers": 3}, "num_dense_layers: 3 must be between 0 and 2"),
+        ({"hidden_size": 15}, "hidden_size: 15 must be a multiple of the 2 heads"),
+        ({"tree_branching": 1}, "tree_branching: 1 must be 2 or more"),
+        ({"expert_bank_layers": 0}, "expert_bank_layers: 0 must be 1 or more"),
+        ({"balance_update_rate": -1.0}, "balance_update_rate: -1.0 must be 0 or more"),
+    ],
+)
+def test_mistakes_are_one_line(values, text):
+    with pytest.raises(ValueError, match=text):
+        MoeConfig(**{**SHAPE, **values})

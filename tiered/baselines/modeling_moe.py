@@ -1,0 +1,763 @@
+"""Mixtures of feed-forward experts whose routing can be read: OLMoE (arXiv:2409.02060), variants.
+
+One field of the configuration each: experts that are always on, leading dense layers, balancing by
+loss or without one, a routing stream with one gate for all layers, a bank of experts that several
+layers share, experts on the edges of a tree. With none of them it is transformers'
+OlmoeForCausalLM, weight by weight.
+
+Shapes: B batch, T tokens, N = B T, D hidden_size, E experts of a layer, k num_experts_per_tok,
+U units that a token chooses k of (the experts, or a tree's leaves), S slots of a token (k, or k per
+level of a tree), I expert width, Z routing_stream_size, b tree_branching, L tree_depth, V words.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, OlmoeConfig
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.olmoe.modeling_olmoe import (
+    OlmoeAttention,
+    OlmoeRMSNorm,
+    OlmoeRotaryEmbedding,
+)
+from transformers.utils import can_return_tuple
+
+
+@strict
+class MoeConfig(OlmoeConfig):
+    """Configuration: OLMoE's (intermediate_size is the width I of one expert), and the variants.
+
+    num_shared_experts: experts of width I that every token uses, ungated (DeepSeekMoE,
+    arXiv:2401.06066). num_dense_layers: the first layers have one feed-forward block of
+    dense_intermediate_size (0: all experts' that a token uses together). router_z_loss_coef
+    (arXiv:2202.08906) and router_aux_loss_coef weigh losses, in training only.
+    balance_update_rate: loss-free balancing (arXiv:2408.15664), 0 for none.
+
+    routing_stream_size: Z > 0 routes every layer by a stream of its own, with one gate for all
+    layers and a small offset per layer, weighed by routing_offset_coef. expert_bank_layers:
+    consecutive layers that use one bank of experts. tree_depth: L > 0 puts the experts on the edges
+    of a tree with tree_branching branches per node, those of depth l of width I / b^l, and a token
+    chooses k leaves; num_experts then counts the edges. expert_masks: some experts are purged (see
+    `purge_experts`); renormalize_masked: other experts are chosen in their place.
+    """
+
+    model_type = "tiered_moe"
+
+    num_shared_experts: int = 0
+    num_dense_layers: int = 0
+    dense_intermediate_size: int = 0
+    router_z_loss_coef: float | int = 0.001
+    balance_update_rate: float | int = 0.0
+    routing_stream_size: int = 0
+    routing_offset_coef: float | int = 0.1
+    expert_bank_layers: int = 1
+    tree_branching: int = 2
+    tree_depth: int = 0
+    expert_masks: bool = False
+    renormalize_masked: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.tree_depth:
+            self.num_experts = sum(self.tree_branching**d for d in self.tree_levels)
+        super().__post_init__(**kwargs)
+        self._check()
+
+    @property
+    def tree_levels(self) -> range:
+        """Depths of a tree's edges, 1 .. L; none where the experts are not on one."""
+        return range(1, self.tree_depth + 1)
+
+    @property
+    def units(self) -> int:
+        """U: what a token chooses k of, the experts or the leaves of their tree."""
+        return self.tree_branching**self.tree_depth if self.tree_depth else self.num_experts
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers that have experts."""
+        return self.num_hidden_layers - self.num_dense_layers
+
+    @property
+    def slot_widths(self) -> list[int]:
+        """Widths of the experts that a token uses at most, one after another."""
+        k, b, width = self.num_experts_per_tok, self.tree_branching, self.intermediate_size
+        if not self.tree_depth:
+            return [width] * k
+        return [width // b**depth for depth in self.tree_levels for _ in range(min(k, b**depth))]
+
+    @property
+    def dense_width(self) -> int:
+        """Width of the leading layers' feed-forward block."""
+        used = sum(self.slot_widths) + self.num_shared_experts * self.intermediate_size
+        return self.dense_intermediate_size or used
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by part. `active` (published for OLMoE-1B-7B: 1.3 of 6.9 billion) leaves out
+        the experts that a token does not use; computed_per_token also the input embedding, of
+        which it reads one row."""
+        d, layers, moe = self.hidden_size, self.num_hidden_layers, self.num_moe_layers
+        kv_width = d // self.num_attention_heads * self.num_key_value_heads
+        bias = 2 * d + 2 * kv_width if self.attention_bias else 0
+        attention = layers * (2 * d * d + 2 * d * kv_width + d + kv_width + bias)
+        levels = max(1, self.tree_depth)  # all experts of a depth have width I together
+        bank = (1 if self.tree_depth else self.num_experts) * self.intermediate_size * levels
+        experts = -(-moe // self.expert_bank_layers) * 3 * d * bank
+        used = moe * 3 * d * sum(self.slot_widths)
+        shared = moe * 3 * d * self.num_shared_experts * self.intermediate_size
+        dense = self.num_dense_layers * 3 * d * self.dense_width
+        z, inputs = self.routing_stream_size, self.routing_stream_size or d
+        routers = moe * self.num_experts * inputs
+        if z:
+            routers += self.num_experts * z + moe * (2 * d * z + z)
+        norms = (2 * layers + 1) * d
+        table, streamed = self.vocab_size * d, self.vocab_size * z
+        embedding = table * (1 if self.tie_word_embeddings else 2) + streamed
+        rest = attention + shared + dense + routers + norms
+        total = embedding + rest + experts
+        read = streamed + (0 if self.tie_word_embeddings else table)
+        return {
+            "total": total,
+            "active": embedding + rest + used,
+            "embedding": embedding,
+            "non_embedding": total - embedding,
+            "attention": attention,
+            "experts": experts,
+            "routers": routers,
+            "computed_per_token": embedding - read + rest + used,
+        }
+
+    def flops_per_token(self, length: int) -> int:
+        """Floating-point operations (2 per multiply-add) of one token's forward pass in a sequence
+        of `length` tokens: matrix products and causal attention."""
+        attention = 2 * self.hidden_size * (length + 1)  # over (length + 1) / 2 keys on average
+        counts = self.parameter_counts()
+        return 2 * counts["computed_per_token"] + self.num_hidden_layers * attention
+
+    def _check(self) -> None:
+        """Raise ValueError naming key, value and what is allowed."""
+        heads, leaf = self.num_attention_heads, self.tree_branching**self.tree_depth
+        rules = {
+            "hidden_size": (self.hidden_size % heads == 0, f"a multiple of the {heads} heads"),
+            "num_experts_per_tok": (
+                0 < self.num_experts_per_tok <= self.units,
+                f"between 1 and {self.units}, the {'leaves' if self.tree_depth else 'experts'}",
+            ),
+            "num_dense_layers": (
+                0 <= self.num_dense_layers < self.num_hidden_layers,
+                f"between 0 and {self.num_hidden_layers - 1}: one layer needs experts",
+            ),
+            "tree_branching": (self.tree_branching >= 2, "2 or more"),
+            "intermediate_size": (
+                self.intermediate_size % leaf == 0,
+                f"a multiple of {leaf}, the tree's leaves: a leaf's expert has that share of it",
+            ),
+            "expert_bank_layers": (self.expert_bank_layers >= 1, "1 or more"),
+        }
+        for key in ("num_shared_experts", "dense_intermediate_size", "routing_stream_size"):
+            rules[key] = (getattr(self, key) >= 0, "0 or more")
+        for key in ("balance_update_rate", "router_z_loss_coef", "router_aux_loss_coef"):
+            rules[key] = (getattr(self, key) >= 0, "0 or more")
+        for key in ("tree_depth", "routing_offset_coef"):
+            rules[key] = (getattr(self, key) >= 0, "0 or more")
+        for key, (holds, allowed) in rules.items():
+            if not holds:
+                raise ValueError(f"{key}: {getattr(self, key)!r} must be {allowed}")
+
+
+class Routing(NamedTuple):
+    """What a layer's router says of N tokens.
+
+    logits (N, R): raw scores, R the experts (a tree's: its edges). probs (N, U) float32: of units.
+    chosen (N, k): units. index, weights (N, S): the experts that are used, and how much.
+    """
+
+    logits: torch.Tensor
+    probs: torch.Tensor
+    chosen: torch.Tensor
+    index: torch.Tensor
+    weights: torch.Tensor
+
+
+class Router(nn.Module):
+    """Softmax over experts, the k largest kept (OLMoE, section 2).
+
+    With a routing stream `weight` is this layer's offset to the gate that all layers share.
+    """
+
+    def __init__(self, config: MoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        inputs = config.routing_stream_size or config.hidden_size
+        self.weight = nn.Parameter(torch.empty(config.num_experts, inputs))
+        if config.balance_update_rate:
+            self.register_buffer("balance", torch.zeros(config.units))
+            self.register_buffer("load", torch.zeros(config.units), persistent=False)
+        if config.expert_masks:
+            self.register_buffer("keep", torch.ones(config.num_experts).bool())
+
+    def forward(self, x: torch.Tensor, shared: torch.Tensor | None = None) -> Routing:
+        """x (N, D), or with a routing stream (N, Z); shared (E, Z): the gate of all layers."""
+        logits = F.linear(x, self.weight if shared is None else self.weight + shared)
+        probs = self.unit_probs(logits)
+        with torch.no_grad():
+            scores = probs
+            if self.config.balance_update_rate:  # b selects and does not weigh
+                scores = probs + self.balance
+                if self.reroutes:  # a purged unit's probability is 0, its b is not
+                    scores = scores.masked_fill(probs == 0, -1.0 + self.balance.amin())
+            chosen = scores.topk(self.config.num_experts_per_tok, -1).indices
+        weights = probs.gather(-1, chosen)
+        if self.config.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+        index, weights = self.experts_of(chosen, weights)
+        if self.config.expert_masks and not self.reroutes:
+            weights = weights * self.keep[index]
+        return Routing(logits, probs, chosen, index, weights.to(logits.dtype))
+
+    @property
+    def reroutes(self) -> bool:
+        """Whether other experts take the place of purged ones."""
+        return self.config.expert_masks and self.config.renormalize_masked
+
+    def unit_probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """Probabilities (N, U) float32 of the units; of those that are left where others are
+        replaced."""
+        logits = logits.float()
+        if not self.reroutes:
+            return logits.softmax(-1)
+        return logits.masked_fill(~self.keep, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+    def experts_of(
+        self, chosen: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts (N, S) and their weights that chosen units (N, k) stand for: themselves."""
+        return chosen, weights
+
+    def squared_log_sums(self, logits: torch.Tensor) -> torch.Tensor:
+        """(N,): the router z-loss of every token, log(sum exp logits)^2."""
+        return logits.float().logsumexp(-1).square()
+
+
+def tree_paths(branching: int, depth: int) -> torch.Tensor:
+    """Edges (b^L, L) on the path to every leaf.
+
+    Edges are counted from the root, level by level, from left to right: those of depth l begin at
+    b + b^2 + .. + b^(l-1).
+    """
+    leaves = torch.arange(branching**depth)
+    columns, begin = [], 0
+    for level in range(1, depth + 1):
+        # integer arithmetic: a logarithm in floating point ends below 5 for 3^5
+        columns.append(begin + leaves // branching ** (depth - level))
+        begin += branching**level
+    return torch.stack(columns, 1)
+
+
+class TreeRouter(Router):
+    """A softmax over the branches of every node; a leaf's probability is the product on its path.
+
+    Of the k most probable leaves, whose probabilities are scaled to sum to 1, an edge's expert gets
+    the sum of those beneath it.
+    """
+
+    def __init__(self, config: MoeConfig) -> None:
+        super().__init__(config)
+        paths = tree_paths(config.tree_branching, config.tree_depth)
+        self.register_buffer("paths", paths, persistent=False)
+        self.sizes = [config.tree_branching**d for d in config.tree_levels]
+
+    def unit_probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """Probabilities (N, b^L) float32 of the leaves."""
+        b, path = self.config.tree_branching, None
+        for level in logits.float().split(self.sizes, -1):
+            branch = level.unflatten(-1, (-1, b)).log_softmax(-1).flatten(-2)
+            path = branch if path is None else path.repeat_interleave(b, -1) + branch
+        if not self.reroutes:
+            return path.exp()
+        kept = self.keep[self.paths].all(-1)
+        return path.masked_fill(~kept, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+    def experts_of(
+        self, chosen: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Edges (N, S), S = sum_l min(k, b^l), and their weights; an edge stands once per token."""
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+        index, parts, begin = [], [], 0
+        for level, size in enumerate(self.sizes, 1):
+            edge = chosen // self.config.tree_branching ** (self.config.tree_depth - level)
+            total = weights.new_zeros(len(chosen), size).scatter_add(-1, edge, weights)
+            most = total.topk(min(chosen.shape[-1], size), -1)
+            index.append(begin + most.indices)
+            parts.append(most.values)
+            begin += size
+        return torch.cat(index, -1), torch.cat(parts, -1)
+
+    def squared_log_sums(self, logits: torch.Tensor) -> torch.Tensor:
+        """(N,): the mean over nodes of log(sum exp branches)^2."""
+        b = self.config.tree_branching
+        return logits.float().unflatten(-1, (-1, b)).logsumexp(-1).square().mean(-1)
+
+
+@use_experts_implementation
+class Experts(nn.Module):
+    """SwiGLU experts of one width; transformers chooses how they are computed
+    (config._experts_implementation), `eager` being the loop below."""
+
+    def __init__(self, config: MoeConfig, num_experts: int, width: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, config.hidden_size, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """sum_s weight_s expert_index_s(x): x (N, D), index and weights (N, S) -> (N, D)."""
+        mixed = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            token, slot = (top_k_index == expert).nonzero(as_tuple=True)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, -1)
+            out = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            weighted = out * top_k_weights[token, slot, None]
+            mixed = mixed.index_add(0, token, weighted.to(mixed.dtype))
+        return mixed
+
+
+class TreeExperts(nn.Module):
+    """The experts of a tree's edges: those of depth l have width I / b^l."""
+
+    def __init__(self, config: MoeConfig) -> None:
+        super().__init__()
+        b, k = config.tree_branching, config.num_experts_per_tok
+        width = config.intermediate_size
+        self.levels = nn.ModuleList()
+        for depth in config.tree_levels:
+            level, own = width // b**depth, config
+            if level % 8:  # torch's grouped product wants rows of whole 16 bytes
+                own = copy.deepcopy(config)
+                own._experts_implementation = "eager"
+            self.levels.append(Experts(own, b**depth, level))
+        self.slots = [min(k, b**depth) for depth in config.tree_levels]
+
+    def forward(
+        self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As `Experts.forward`; index counts the edges of all levels."""
+        mixed, begin = 0, 0
+        indices, shares = index.split(self.slots, -1), weights.split(self.slots, -1)
+        for experts, own, share in zip(self.levels, indices, shares, strict=True):
+            mixed = mixed + experts(hidden_states, own - begin, share)
+            begin += experts.num_experts
+        return mixed
+
+
+class SwiGLU(nn.Module):
+    """A dense feed-forward block: W_down (act(W_gate x) * W_up x)."""
+
+    def __init__(self, config: MoeConfig, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., D)."""
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RoutingStream(nn.Module):
+    """A layer's step of the routing stream: r <- RMSNorm(r + W_lin u * silu(W_gate u))."""
+
+    def __init__(self, config: MoeConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.hidden_size, config.routing_stream_size, bias=False)
+        self.gate = nn.Linear(config.hidden_size, config.routing_stream_size, bias=False)
+        self.norm = OlmoeRMSNorm(config.routing_stream_size, eps=config.rms_norm_eps)
+
+    def forward(self, r: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """r (B, T, Z), u (B, T, D) -> (B, T, Z)."""
+        return self.norm(r + self.linear(u) * F.silu(self.gate(u)))
+
+
+class MoeBlock(nn.Module):
+    """Router, its experts (None: those of the bank that an earlier layer holds), shared experts."""
+
+    def __init__(self, config: MoeConfig, holds_experts: bool) -> None:
+        super().__init__()
+        self.gate = (TreeRouter if config.tree_depth else Router)(config)
+        self.experts = None
+        if holds_experts:
+            self.experts = (
+                TreeExperts(config)
+                if config.tree_depth
+                else Experts(config, config.num_experts, config.intermediate_size)
+            )
+        self.stream = RoutingStream(config) if config.routing_stream_size else None
+        self.shared_experts = None
+        if config.num_shared_experts:
+            width = config.num_shared_experts * config.intermediate_size
+            self.shared_experts = SwiGLU(config, width)  # side by side they are one block
+
+    def forward(
+        self,
+        u: torch.Tensor,
+        bank: nn.Module,
+        r: torch.Tensor | None = None,
+        shared_gate: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Routing]:
+        """Output (B, T, D), the routing stream (B, T, Z) after this layer, and the routing.
+
+        bank: the experts; r: the stream before; shared_gate (E, Z): the gate of all layers.
+        """
+        if self.stream is not None:
+            r = self.stream(r, u)
+        routing = self.gate((u if r is None else r).flatten(0, 1), shared_gate)
+        out = bank(u.flatten(0, 1), routing.index, routing.weights).view_as(u)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(u)
+        return out, r, routing
+
+
+class MoeDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention, then experts, or one dense block in the leading layers."""
+
+    def __init__(self, config: MoeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = OlmoeAttention(config, layer_idx)
+        self.input_layernorm = OlmoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = OlmoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        place = layer_idx - config.num_dense_layers  # among the layers with experts
+        self.mlp = (
+            SwiGLU(config, config.dense_width)
+            if place < 0
+            else MoeBlock(config, place % config.expert_bank_layers == 0)
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        r: torch.Tensor | None,
+        bank: nn.Module | None,
+        shared_gate: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Routing | None]:
+        """New states (B, T, D), the routing stream, and the routing (None in a dense layer)."""
+        x = x + self.self_attn(hidden_states=self.input_layernorm(x), **kwargs)[0]
+        u = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, SwiGLU):
+            return x + self.mlp(u), r, None
+        out, r, routing = self.mlp(u, bank, r, shared_gate)
+        return x + out, r, routing
+
+
+class MoePreTrainedModel(PreTrainedModel):
+    """What every model of the family shares."""
+
+    config: MoeConfig
+    config_class = MoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("MoeDecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    # a bfloat16 bias cannot follow updates of a thousandth
+    _keep_in_fp32_modules_strict = ("balance",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """normal(0, initializer_range) for matrices, 1 for norms, 0 for the offsets of gates."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, Router):
+            if self.config.routing_stream_size:
+                init.zeros_(module.weight)
+            else:
+                init.normal_(module.weight, mean=0.0, std=std)
+            for name in ("balance", "load"):
+                if hasattr(module, name):
+                    init.zeros_(getattr(module, name))
+            if hasattr(module, "keep"):
+                init.ones_(module.keep)
+            if isinstance(module, TreeRouter):
+                paths = tree_paths(self.config.tree_branching, self.config.tree_depth)
+                init.copy_(module.paths, paths.to(module.paths.device))
+
+    def purge_experts(self, keep: torch.Tensor | None, renormalize: bool = False) -> None:
+        """Leave out every expert e whose keep[layer, e] is False (layers: those with experts).
+
+        keep (layers, E) bool, saved with the checkpoint; None brings all experts back. Tokens that
+        chose a purged expert go without it, or choose among the others (renormalize). Its weights
+        stay in the checkpoint.
+        """
+        routers = [m for m in self.modules() if isinstance(m, Router)]
+        shared, config = self.config, copy.deepcopy(self.config)
+        expected = (len(routers), config.num_experts)
+        if keep is not None and tuple(keep.shape) != expected:
+            raise ValueError(f"keep: expected shape {expected}, found {tuple(keep.shape)}")
+        config.expert_masks, config.renormalize_masked = keep is not None, renormalize
+        for module in self.modules():  # another model may hold the config it was made from
+            if getattr(module, "config", None) is shared:
+                module.config = config
+        for layer, router in enumerate(routers):
+            router._buffers.pop("keep", None)
+            if keep is not None:
+                own = keep[layer].bool().to(router.weight.device, copy=True)
+                router.register_buffer("keep", own)
+
+
+@dataclass
+class MoeModelOutput(ModelOutput):
+    """Hidden states after the final norm, and the routing of every layer with experts."""
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    routing: tuple[Routing, ...] | None = None
+
+
+class MoeModel(MoePreTrainedModel):
+    """Embedding, decoder layers, final norm; the routing stream runs beside the residual one."""
+
+    def __init__(self, config: MoeConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            MoeDecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = OlmoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = OlmoeRotaryEmbedding(config)
+        if config.routing_stream_size:
+            self.embed_routing = nn.Embedding(config.vocab_size, config.routing_stream_size)
+            self.routing_gate = nn.Linear(
+                config.routing_stream_size, config.num_experts, bias=False
+            )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutput:
+        """input_ids (B, T); attention_mask (B, past + T) marks tokens that are not padding.
+
+        position_ids that restart at 0 inside a row (and no attention_mask) pack documents that do
+        not see one another.
+        """
+        x = self.embed_tokens(input_ids)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values if seen else None,  # packed documents need none
+            position_ids=position_ids,
+        )
+        streamed = self.config.routing_stream_size
+        r = self.embed_routing(input_ids) if streamed else None
+        gate = self.routing_gate.weight if streamed else None
+        given = {"attention_mask": mask, "past_key_values": past_key_values, **kwargs}
+        given["position_embeddings"] = self.rotary_emb(x, position_ids)
+        states, routings, bank = [x], [], None
+        for layer in self.layers:
+            bank = getattr(layer.mlp, "experts", None) or bank
+            x, r, routing = layer(x, r, bank, gate, **given)
+            states.append(x)
+            if routing is not None:
+                routings.append(routing)
+        x = self.norm(x)
+        if self.training and self.config.balance_update_rate:
+            self._count(routings, valid_tokens(attention_mask, x))
+        return MoeModelOutput(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=(*states[:-1], x) if output_hidden_states else None,
+            routing=tuple(routings),
+        )
+
+    @torch.no_grad()
+    def _count(self, routings: list[Routing], valid: torch.Tensor | None) -> None:
+        """Add a batch to every router's load; here, because checkpointing runs layers twice."""
+        for router, routing in zip(self.routers(), routings, strict=True):
+            router.load += unit_counts(routing.chosen, self.config.units, valid)
+
+    def routers(self) -> list[Router]:
+        """The routers, layer by layer."""
+        return [m for m in self.modules() if isinstance(m, Router)]
+
+
+def valid_tokens(attention_mask: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """(N,) bool of tokens that are not padding, of states x (B, T, D); None if there is none."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    valid = attention_mask[:, -x.shape[1] :].bool()
+    return None if valid.all() else valid.flatten()
+
+
+def unit_counts(chosen: torch.Tensor, units: int, valid: torch.Tensor | None) -> torch.Tensor:
+    """How often each unit was chosen, (U,) float32; chosen (N, k), valid (N,) bool."""
+    if valid is not None:
+        chosen = chosen[valid]
+    return torch.bincount(chosen.flatten(), minlength=units).float()
+
+
+def balancing_loss(routings: tuple[Routing, ...], valid: torch.Tensor | None) -> torch.Tensor:
+    """U sum_u f_u P_u over the units; f_u: how often a token chooses u (they sum to k), P_u: its
+    mean probability, both pooled over all layers before the product, as in transformers."""
+    units = routings[0].probs.shape[-1]
+    counts = sum(unit_counts(r.chosen, units, valid) for r in routings)
+    probs = sum((r.probs if valid is None else r.probs[valid]).sum(0) for r in routings)
+    rows = len(routings) * (len(routings[0].probs) if valid is None else valid.sum())
+    return units * ((counts / rows) * (probs / rows)).sum()
+
+
+@dataclass
+class MoeCausalLMOutput(CausalLMOutputWithPast):
+    """CausalLMOutputWithPast plus the unweighted losses apart, and the routing of every layer.
+
+    loss: lm_loss and, in training, the weighted others. aux_loss: load balancing; z_loss: router z;
+    offset_loss: mean square of the layers' offsets to the shared gate (0 without one).
+    """
+
+    lm_loss: torch.FloatTensor | None = None
+    aux_loss: torch.FloatTensor | None = None
+    z_loss: torch.FloatTensor | None = None
+    offset_loss: torch.FloatTensor | None = None
+    routing: tuple[Routing, ...] | None = None
+
+
+class MoeForCausalLM(MoePreTrainedModel, GenerationMixin):
+    """The family with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MoeConfig) -> None:
+        super().__init__(config)
+        self.model = MoeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_routing: bool = False,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutput:
+        """Logits (B, T, V), and the loss in nats if labels (B, T) are given (-100 is ignored).
+
+        With num_items_in_batch (target tokens of all micro-batches and ranks of one step) the LM
+        loss is summed nats over it, and the routers' losses are weighted by this micro-batch's
+        share of it: over a step they count once.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        states, keep = outputs.last_hidden_state, logits_to_keep
+        logits = self.lm_head(states[:, slice(-keep, None) if isinstance(keep, int) else keep])
+        losses: dict[str, torch.Tensor] = {}
+        if labels is not None:
+            valid = valid_tokens(attention_mask, states)
+            losses = self.router_losses(outputs.routing, valid)
+            lm_loss = self.loss_function(
+                logits,
+                labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+            share = 1.0
+            if num_items_in_batch is not None:
+                share = (labels[:, 1:] != -100).sum() / num_items_in_batch
+            losses = {**losses, "lm_loss": lm_loss, "loss": lm_loss}
+            if self.training:
+                losses["loss"] = lm_loss + share * self.weighted(losses)
+        return MoeCausalLMOutput(
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            routing=outputs.routing if output_routing else None,
+            **losses,
+        )
+
+    def router_losses(
+        self, routings: tuple[Routing, ...], valid: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """aux_loss, z_loss and offset_loss, unweighted."""
+        routers = self.model.routers()
+        squares = [m.squared_log_sums(r.logits) for m, r in zip(routers, routings, strict=True)]
+        z = torch.stack([(s if valid is None else s[valid]).mean() for s in squares]).mean()
+        offset = z.new_zeros(())
+        if self.config.routing_stream_size:
+            offset = torch.stack([m.weight.float().square().mean() for m in routers]).mean()
+        balancing = balancing_loss(routings, valid)
+        return {"aux_loss": balancing, "z_loss": z, "offset_loss": offset}
+
+    def weighted(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The routers' losses, each times its coefficient."""
+        config = self.config
+        return (
+            config.router_aux_loss_coef * losses["aux_loss"]
+            + config.router_z_loss_coef * losses["z_loss"]
+            + config.routing_offset_coef * losses["offset_loss"]
+        )
+
+    @torch.no_grad()
+    def after_optimizer_step(self) -> None:
+        """Loss-free balancing: b_u += rate sign(mean load - load_u), over all micro-batches and
+        ranks of the step (arXiv:2408.15664, algorithm 1). Nothing without balance_update_rate."""
+        if not self.config.balance_update_rate:
+            return
+        for router in self.model.routers():
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(router.load)
+            sign = (router.load.mean() - router.load).sign()
+            router.balance += self.config.balance_update_rate * sign
+            router.load.zero_()
+
+
+AutoConfig.register(MoeConfig.model_type, MoeConfig, exist_ok=True)
+AutoModelForCausalLM.register(MoeConfig, MoeForCausalLM, exist_ok=True)
+# save_pretrained copies this file beside the weights, so that a checkpoint loads anywhere.
+MoeConfig.register_for_auto_class()
+MoeForCausalLM.register_for_auto_class("AutoModelForCausalLM")
