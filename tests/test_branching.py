@@ -53,7 +53,7 @@ def test_upcycling_begins_as_the_dense_model(tmp_path):
     assert experts[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("kind", ["monet", "llama", "mixtral"])
+@pytest.mark.parametrize("kind", ["monet", "llama", "moe", "mixtral"])
 def test_a_copy_is_bit_identical_and_another_shape_is_refused(kind, tmp_path):
     seed = made(kind)
     seed.save_pretrained(tmp_path)
@@ -94,7 +94,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         branching.initialise(made("llama"), tmp_path / "0")
 
 
-@pytest.mark.parametrize("kind", ["monet", "llama", "mixtral"])
+@pytest.mark.parametrize("kind", ["monet", "llama", "moe", "mixtral"])
 def test_dropout_acts_on_blocks_in_training_alone(kind):
     model, share = made(kind), 0.25
     outputs: dict[str, torch.Tensor] = {}
@@ -309,5 +309,5 @@ def test_another_seed_lm_is_another_model(branched, monkeypatch):
         for extra in ((), ("seed_lm.share=0.4",), ("seed_lm.split=router",), ("model.init_from=",))
     }
     assert len(inputs) == 4 and None in inputs
-    with pytest.raises(UserError, match="neither `seed`, a folder nor a model that the hub gives"):
+    with pytest.raises(UserError, match="neither a folder nor a model that the hub gives"):
         seed_inputs(load("configs/b2.yaml", ("model.init_from=no/such",)), data)

@@ -36,7 +36,7 @@ def test_ablations_reach_the_model():
     assert horizontal.model.layers[0].moe.v.weight.shape == (24, 16 * 8)
 
 
-@pytest.mark.parametrize("kind", ["monet", "llama", "mixtral"])
+@pytest.mark.parametrize("kind", ["monet", "llama", "moe", "mixtral"])
 def test_head_counts_that_do_not_divide_are_one_line(kind):
     make = MODELS[kind].config_from
     with pytest.raises(UserError, match=r"24 is not a multiple of model.num_attention_heads .5"):

@@ -173,6 +173,17 @@ def test_losses_are_weighed_in_training_alone_and_once_per_step():
     assert torch.allclose(part.loss, (24 / 96) * total, atol=1e-6)
 
 
+@pytest.mark.parametrize("variant", ["base", "tree", "cross_layer"])
+def test_router_scores_stay_float32_under_autocast(variant):
+    router = make(variant, initializer_range=0.3).model.routers()[0]
+    x = torch.randn(30, router.weight.shape[1])
+    exact = router(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = router(x)
+    assert found.logits.dtype == torch.float32
+    assert torch.equal(found.logits, exact.logits) and torch.equal(found.index, exact.index)
+
+
 # --- balancing without a loss -----------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ from tiered.store import UserError
 ROUTED_INSIDE = ("base", "phatgoose", "glider", "average_activation", "arrow")  # of LoRA experts
 MAX_BASE_LEVELS = 3
 _NOVEL_TOO = ("tokenizer.train_domains", "data.tokens_per_domain")  # may name novel domains
-FAMILIES = ("monet", "llama", "mixtral", "demix", "domain_token", "lora")
+FAMILIES = ("monet", "llama", "moe", "mixtral", "demix", "domain_token", "lora")
 SHARED_TRUNK = ("demix", "domain_token")  # one training makes the models of all partitions
 SPLITS = ("train", "validation", "test", "router", "holdout", "calibration")
 CANARY = "canary"  # a split of rows of random tokens, where data.canaries asks for them
@@ -250,7 +250,8 @@ class ModelConfig:
 
     type: str = opt(
         "monet",
-        "model family (tiered/methods.py); llama: dense; mixtral: mixture of feed-forward experts;"
+        "model family (tiered/methods.py); llama: dense; moe: OLMoE's mixture of feed-forward"
+        " experts and its variants; mixtral: transformers' one;"
         " of one trunk that all partitions share, demix: a feed-forward expert per partition,"
         " domain_token: a token per partition before every row; lora: low-rank updates of a frozen"
         " seed LM (init_from)",
@@ -287,15 +288,44 @@ class ModelConfig:
     ambiguity_loss_coef: float = opt(1e-3, "weight of the ambiguity loss", low=0)
     freeze_router: bool = opt(False, "ablation: keep the Level-2 router at its random start")
     intermediate_size: int = opt(
-        0, "all but monet: feed-forward width; 0: 8/3 of hidden_size, to a multiple of 8", low=0
+        0,
+        "all but monet: feed-forward width, of moe and mixtral one expert's; 0: 8/3 of hidden_size"
+        " (moe: that over num_experts_per_tok), to a multiple of 8",
+        low=0,
     )
-    num_experts: int = opt(8, "mixtral: experts per layer", low=1)
-    num_experts_per_tok: int = opt(2, "mixtral: experts per token", low=1)
+    num_experts: int = opt(8, "moe, mixtral: experts per layer", low=1)
+    num_experts_per_tok: int = opt(2, "moe, mixtral: experts per token (a tree's leaves)", low=1)
+    norm_topk_prob: bool = opt(False, "moe: weights of a token's experts sum to 1")
+    num_shared_experts: int = opt(0, "moe: experts that every token uses, ungated", low=0)
+    num_dense_layers: int = opt(0, "moe: leading layers with one feed-forward block", low=0)
+    dense_intermediate_size: int = opt(
+        0, "moe: its width; 0: that of all experts of a token together", low=0
+    )
+    router_z_loss_coef: float = opt(1e-3, "moe: weight of the router z-loss", low=0)
+    balance_update_rate: float = opt(
+        0.0,
+        "moe: loss-free balancing, what a step adds to an expert's bias (published: 1e-3, with"
+        " router_aux_loss_coef 0); 0: none",
+        low=0,
+    )
+    routing_stream_size: int = opt(
+        0, "moe: width Z of a routing stream with one gate for all layers; 0: none", low=0
+    )
+    routing_offset_coef: float = opt(
+        0.1, "moe: weight of the layers' squared offsets to that gate", low=0
+    )
+    expert_bank_layers: int = opt(1, "moe: consecutive layers that use the same experts", low=1)
+    tree_depth: int = opt(
+        0, "moe: depth of a tree whose edges are the experts (num_experts of them); 0: none", low=0
+    )
+    tree_branching: int = opt(2, "moe: branches of a tree's node", low=2)
     lora_rank: int = opt(16, "lora: rank of the updates", low=1)
     lora_alpha: float = opt(1.0, "lora: their scale is lora_alpha / lora_rank", low=0)
     lora_gate_steps: int = opt(100, "lora: steps in which the gates are trained", low=1)
     lora_gate_learning_rate: float = opt(5e-3, "lora: peak learning rate of the gates", low=0)
-    router_aux_loss_coef: float = opt(1e-2, "mixtral: weight of the load-balancing loss", low=0)
+    router_aux_loss_coef: float = opt(
+        1e-2, "moe, mixtral: weight of the load-balancing loss", low=0
+    )
 
 
 @dataclass(frozen=True)

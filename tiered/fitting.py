@@ -84,6 +84,14 @@ class ProgressBar(TrainerCallback):
         self.bar.close()
 
 
+class AfterStep(TrainerCallback):
+    """Lets a model that has something to do after every optimizer step do it, before the step is
+    logged or saved: loss-free balancing moves its biases."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        getattr(model, "after_optimizer_step", lambda: None)()
+
+
 class LossGuard(TrainerCallback):
     """Logs the last step too; raises UserError where the loss is no longer a number."""
 
@@ -289,7 +297,7 @@ def _make_trainer(
             model=model,
             args=training_arguments,
             train_dataset=blocks,
-            callbacks=[ProgressBar(job.label), LossGuard(job.label), *callbacks],
+            callbacks=[AfterStep(), ProgressBar(job.label), LossGuard(job.label), *callbacks],
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         text = " ".join(str(error).split())

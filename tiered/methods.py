@@ -20,6 +20,7 @@ from transformers import (
 from modeling_monet import MonetConfig, MonetForCausalLM
 from tiered.baselines.modeling_demix import DemixConfig, DemixForCausalLM
 from tiered.baselines.modeling_domain_token import DomainTokenConfig, DomainTokenForCausalLM
+from tiered.baselines.modeling_moe import MoeConfig, MoeForCausalLM
 from tiered.config import Config, plain
 from tiered.data import ProcessedData
 from tiered.store import UserError
@@ -54,6 +55,13 @@ OWN_FIELDS = {  # of the model section, by family; the others are of all familie
     "mixtral": (
         *("intermediate_size", "num_experts", "num_experts_per_tok"),
         "router_aux_loss_coef",
+    ),
+    "moe": (
+        *("intermediate_size", "num_experts", "num_experts_per_tok", "norm_topk_prob"),
+        *("num_shared_experts", "num_dense_layers", "dense_intermediate_size"),
+        *("router_aux_loss_coef", "router_z_loss_coef", "balance_update_rate"),
+        *("routing_stream_size", "routing_offset_coef", "expert_bank_layers"),
+        *("tree_depth", "tree_branching"),
     ),
 }
 
@@ -94,7 +102,7 @@ def _model_config(
         "vocab_size": section["vocab_size"] or vocabulary,
         "num_attention_heads": heads,
         "num_key_value_heads": section["num_key_value_heads"] or heads,
-        "head_dim": section["head_dim"] or None,
+        **({} if kind is MoeConfig else {"head_dim": section["head_dim"] or None}),
         "max_position_embeddings": section["max_position_embeddings"] or config.data.block_size,
         "rope_parameters": {"rope_type": "default", "rope_theta": section["rope_theta"]},
         "pad_token_id": data.pad_id,
@@ -115,9 +123,10 @@ def monet_config(config: Config, data: ProcessedData) -> MonetConfig:
     return _model_config(config, data, MonetConfig, **own)
 
 
-def _feed_forward_width(config: Config) -> int:
-    """Width of a SwiGLU block with the parameters of a plain one of 4 d: 8/3 d, to eights."""
-    return config.model.intermediate_size or 8 * math.ceil(config.model.hidden_size / 3)
+def _feed_forward_width(config: Config, parts: int = 1) -> int:
+    """Width of a SwiGLU block with the parameters of a plain one of 4 d, 8/3 d, in so many parts;
+    to eights."""
+    return config.model.intermediate_size or 8 * math.ceil(config.model.hidden_size / 3 / parts)
 
 
 def llama_config(config: Config, data: ProcessedData) -> LlamaConfig:
@@ -143,6 +152,16 @@ def mixtral_config(config: Config, data: ProcessedData) -> MixtralConfig:
         router_aux_loss_coef=section.router_aux_loss_coef,
         output_router_logits=section.router_aux_loss_coef > 0,  # the loss is made from them
     )
+
+
+def moe_config(config: Config, data: ProcessedData) -> MoeConfig:
+    """MoeConfig (OLMoE and its variants) of a config's model section."""
+    section = config.model
+    if section.head_dim not in (0, section.hidden_size // section.num_attention_heads):
+        raise UserError("model.head_dim: a moe's heads fill hidden_size; leave it 0")
+    own = {name: getattr(section, name) for name in OWN_FIELDS["moe"]}
+    own["intermediate_size"] = _feed_forward_width(config, section.num_experts_per_tok)
+    return _model_config(config, data, MoeConfig, **own)
 
 
 def demix_config(config: Config, data: ProcessedData) -> DemixConfig:
@@ -208,9 +227,18 @@ def monet_card(model: MonetForCausalLM, blocks: np.ndarray, rows: int = 8) -> di
     }
 
 
+def moe_card(model: MoeForCausalLM, blocks: np.ndarray) -> dict[str, Any]:
+    """Parameter counts of a mixture of experts, by part, and FLOPs per token."""
+    counts = model.config.parameter_counts()
+    flops = model.config.flops_per_token(blocks.shape[1])
+    selected = counts["computed_per_token"]
+    return {**counts, "selected_per_token": selected, "forward_flops_per_token": flops}
+
+
 MODELS: dict[str, ModelKind] = {
     "monet": ModelKind(monet_config, MonetForCausalLM, monet_card),
     "llama": ModelKind(llama_config, LlamaForCausalLM, plain_card),
+    "moe": ModelKind(moe_config, MoeForCausalLM, moe_card),
     "mixtral": ModelKind(mixtral_config, MixtralForCausalLM, plain_card),
     "lora": ModelKind(llama_config, LlamaForCausalLM, plain_card),  # merged; trained by peft
     "demix": ModelKind(demix_config, DemixForCausalLM, plain_card, shared=True),

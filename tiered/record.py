@@ -29,6 +29,7 @@ TRAINING_CODE = (
     *(f"tiered/{name}.py" for name in ("router", "shared_trunk", "training")),
 )
 FAMILY_CODE = {  # model.type -> files that decide its models alone
+    "moe": ("tiered/baselines/modeling_moe.py",),
     "demix": ("tiered/baselines/modeling_demix.py",),
     "domain_token": ("tiered/baselines/modeling_domain_token.py",),
     "lora": ("tiered/baselines/modeling_lora_experts.py", "tiered/baselines/lora_experts.py"),

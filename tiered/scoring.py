@@ -23,7 +23,7 @@ GROUP_BATCHES = 64  # batches that are cached together
 CHUNK_LOGITS = {"cpu": 2**19, "cuda": 2**27}
 CHUNK_TOKENS = 128
 # Families whose logits are lm_head(last_hidden_state) and nothing else.
-PLAIN_HEADS = ("monet", "llama", "mixtral")
+PLAIN_HEADS = ("monet", "llama", "mixtral", "tiered_moe")
 MIN_VARIANCE = 1e-6  # of log p over the vocabulary (arXiv:2404.02936)
 
 

@@ -179,8 +179,8 @@ class MoeConfig(OlmoeConfig):
 class Routing(NamedTuple):
     """What a layer's router says of N tokens.
 
-    logits (N, R): raw scores, R the experts (a tree's: its edges). probs (N, U) float32: of units.
-    chosen (N, k): units. index, weights (N, S): the experts that are used, and how much.
+    logits (N, R) float32: raw scores, R the experts (a tree's: its edges). probs (N, U) float32: of
+    the units. chosen (N, k): units. index, weights (N, S): experts that are used, and how much.
     """
 
     logits: torch.Tensor
@@ -209,7 +209,10 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor, shared: torch.Tensor | None = None) -> Routing:
         """x (N, D), or with a routing stream (N, Z); shared (E, Z): the gate of all layers."""
-        logits = F.linear(x, self.weight if shared is None else self.weight + shared)
+        # float32 under autocast too: near scores would change places
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight if shared is None else self.weight + shared
+            logits = F.linear(x.float(), weight.float())
         probs = self.unit_probs(logits)
         with torch.no_grad():
             scores = probs
@@ -224,7 +227,7 @@ class Router(nn.Module):
         index, weights = self.experts_of(chosen, weights)
         if self.config.expert_masks and not self.reroutes:
             weights = weights * self.keep[index]
-        return Routing(logits, probs, chosen, index, weights.to(logits.dtype))
+        return Routing(logits, probs, chosen, index, weights.to(x.dtype))
 
     @property
     def reroutes(self) -> bool:
@@ -234,7 +237,6 @@ class Router(nn.Module):
     def unit_probs(self, logits: torch.Tensor) -> torch.Tensor:
         """Probabilities (N, U) float32 of the units; of those that are left where others are
         replaced."""
-        logits = logits.float()
         if not self.reroutes:
             return logits.softmax(-1)
         return logits.masked_fill(~self.keep, -torch.inf).softmax(-1).nan_to_num(0.0)
@@ -247,7 +249,7 @@ class Router(nn.Module):
 
     def squared_log_sums(self, logits: torch.Tensor) -> torch.Tensor:
         """(N,): the router z-loss of every token, log(sum exp logits)^2."""
-        return logits.float().logsumexp(-1).square()
+        return logits.logsumexp(-1).square()
 
 
 def tree_paths(branching: int, depth: int) -> torch.Tensor:
@@ -281,7 +283,7 @@ class TreeRouter(Router):
     def unit_probs(self, logits: torch.Tensor) -> torch.Tensor:
         """Probabilities (N, b^L) float32 of the leaves."""
         b, path = self.config.tree_branching, None
-        for level in logits.float().split(self.sizes, -1):
+        for level in logits.split(self.sizes, -1):
             branch = level.unflatten(-1, (-1, b)).log_softmax(-1).flatten(-2)
             path = branch if path is None else path.repeat_interleave(b, -1) + branch
         if not self.reroutes:
@@ -307,7 +309,7 @@ class TreeRouter(Router):
     def squared_log_sums(self, logits: torch.Tensor) -> torch.Tensor:
         """(N,): the mean over nodes of log(sum exp branches)^2."""
         b = self.config.tree_branching
-        return logits.float().unflatten(-1, (-1, b)).logsumexp(-1).square().mean(-1)
+        return logits.unflatten(-1, (-1, b)).logsumexp(-1).square().mean(-1)
 
 
 @use_experts_implementation
