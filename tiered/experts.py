@@ -1,10 +1,13 @@
-"""Statistics of Monet's experts: which gates a text opened, and whose each expert is.
+"""Statistics of experts, Monet's and those of the OLMoE family: which ones a text used, and whose
+each expert is.
 
-Shapes: G router groups, E experts per axis (expert ij has two indices), H heads, B batch, T tokens.
+Shapes: G router groups (OLMoE family: layers), E experts per axis (a Monet's expert ij has two
+indices, another's one), X experts of a group, S experts of a token, H heads, B batch, T tokens.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,40 +43,94 @@ def record_gates(model: torch.nn.Module) -> Iterator[list[Gates]]:
         gates.append((first, second))
 
 
-@torch.inference_mode()
-def mean_expert_weights(model: torch.nn.Module, batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Mean over tokens of sum_h g1_hi g2_hj, (G, E, E) float64 on the CPU.
+class GroupRouting(NamedTuple):
+    """What one layer (Monet: router group) did with a batch (B, T).
 
-    batches: input ids (B, T) without padding. Every group's weights sum to H. The model is read
-    in evaluation mode: training mode would move its running statistics.
+    sums (B, X) float32: weight that each row's tokens sent through each expert. index, weights
+    (B T, S): experts that a token used, X of them in all, and how much; of a Monet the heaviest one
+    of every head.
     """
-    device, total, tokens = next(model.parameters()).device, None, 0
+
+    sums: torch.Tensor
+    index: torch.Tensor
+    weights: torch.Tensor
+
+
+HAVE_EXPERTS = ("monet", "moe")  # families whose routing is read here, and whose experts are purged
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """A model in evaluation mode: training mode would move its running statistics."""
     training = model.training
     model.eval()
-    for ids in filter(len, batches):  # a split without a block is one empty batch
-        out = model(input_ids=ids.to(device), output_router_probs=True, logits_to_keep=1)
-        sums = torch.stack([g1.flatten(0, 2).T @ g2.flatten(0, 2) for g1, g2 in out.router_probs])
-        total = sums.double() if total is None else total + sums.double()
-        tokens += ids.numel()
-    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@torch.inference_mode()
+def routing_of(model: torch.nn.Module, input_ids: torch.Tensor) -> list[GroupRouting]:
+    """The routing of every layer with experts, of ids (B, T) without padding, by a model in
+    evaluation mode. ValueError for a family without experts."""
+    ids = input_ids.to(next(model.parameters()).device)
+    if model.config.model_type == "monet":
+        out = model(input_ids=ids, output_router_probs=True, logits_to_keep=1)
+        return [_monet_routing(g1, g2) for g1, g2 in out.router_probs]
+    if model.config.model_type != "tiered_moe":
+        raise ValueError(f"a {model.config.model_type} has no experts whose routing can be read")
+    out = model(input_ids=ids, output_routing=True, logits_to_keep=1)
+    experts, found = model.config.num_experts, []
+    for routing in out.routing:
+        by_row = (t.view(len(ids), -1) for t in (routing.index, routing.weights.float()))
+        sums = routing.weights.new_zeros(len(ids), experts, dtype=torch.float32)
+        found.append(GroupRouting(sums.scatter_add(1, *by_row), routing.index, routing.weights))
+    return found
+
+
+def _monet_routing(g1: torch.Tensor, g2: torch.Tensor) -> GroupRouting:
+    """Of gates (B, T, H, E) of both axes; expert ij counts as i E + j."""
+    sums = torch.einsum("bthi,bthj->bij", g1, g2).flatten(1)
+    first, second = g1.flatten(0, 1).max(-1), g2.flatten(0, 1).max(-1)  # (B T, H)
+    index = first.indices * g2.shape[-1] + second.indices
+    return GroupRouting(sums, index, first.values * second.values)
+
+
+def experts_shape(model: torch.nn.Module) -> tuple[int, ...]:
+    """Shape of one layer's experts: (E, E) of a Monet, (E,) of another."""
+    if model.config.model_type == "monet":
+        return (model.config.moe_experts,) * 2
+    return (model.config.num_experts,)
+
+
+@torch.inference_mode()
+def mean_expert_weights(model: torch.nn.Module, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Mean weight that a token sends through every expert, (G, E, E) or (G, E), float64 on the CPU;
+    of a Monet sum_h g1_hi g2_hj, so that a group's weights sum to H.
+
+    batches: input ids (B, T) without padding. The model is read in evaluation mode.
+    """
+    total, tokens = None, 0
+    with evaluating(model):
+        for ids in filter(len, batches):  # a split without a block is one empty batch
+            sums = torch.stack([g.sums.double().sum(0) for g in routing_of(model, ids)])
+            total = sums if total is None else total + sums
+            tokens += ids.numel()
     if total is None:
         raise ValueError("mean_expert_weights: no tokens")
-    return (total / tokens).cpu()
+    return (total / tokens).unflatten(1, experts_shape(model)).cpu()
 
 
 @torch.inference_mode()
 def block_expert_weights(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Mean over each row's tokens of sum_h g1_hi g2_hj, (B, G, E, E) float64 on the CPU.
+    """Mean over each row's tokens of the same, (B, G, E, E) or (B, G, E) float64 on the CPU.
 
     input_ids (B, T) without padding; the model is read in evaluation mode.
     """
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
-    out = model(input_ids=input_ids.to(device), output_router_probs=True, logits_to_keep=1)
-    model.train(training)
-    tokens = input_ids.shape[1]
-    sums = [torch.einsum("bthi,bthj->bij", g1, g2) for g1, g2 in out.router_probs]
-    return (torch.stack(sums, 1).double() / tokens).cpu()
+    with evaluating(model):
+        sums = torch.stack([g.sums for g in routing_of(model, input_ids)], 1).double()  # (B, G, X)
+    return (sums / input_ids.shape[1]).unflatten(2, experts_shape(model)).cpu()
 
 
 def expert_scores(
@@ -94,7 +151,7 @@ def expert_scores(
 
 
 def experts_of(scores: dict[str, torch.Tensor], domain: str, ratio: float = 2.0) -> torch.Tensor:
-    """Experts (G, E, E) bool that are a domain's: S_D > 0 and S_D >= ratio * every other's score.
+    """Experts that are a domain's, bool, as its scores: S_D > 0 and S_D >= ratio * every other's.
 
     The rest are generalists or another domain's. (arXiv:2412.04139, where ratio is 2.) Raises
     ValueError for a domain without scores or without others to compare with.
@@ -115,7 +172,7 @@ def purge(
     ratio: float = 2.0,
     renormalize: bool = False,
 ) -> torch.Tensor:
-    """Purge a domain's experts from a model, in place; returns them, (G, E, E) bool."""
+    """Purge a domain's experts from a model, in place; returns them, shaped as its scores."""
     purged = experts_of(scores, domain, ratio)
     model.purge_experts(~purged, renormalize)
     return purged
@@ -127,7 +184,7 @@ def purge(
 
 
 def joint_of(scores: dict[str, torch.Tensor]) -> list[np.ndarray]:
-    """One joint (D, X) per router group from S of every domain (G, E, E), rows summing to 1 / D."""
+    """One joint (D, X) per group from S of every domain, rows summing to 1 / D."""
     stacked = torch.stack(list(scores.values())).flatten(2).double().numpy()  # (D, G, X)
     rows = stacked / stacked.sum(-1, keepdims=True) / len(stacked)
     return [rows[:, group] for group in range(rows.shape[1])]

@@ -1,10 +1,12 @@
-"""Operations that leave experts out: Monet's purge, its random controls, a reset.
+"""Operations that leave experts out (a Monet's, the OLMoE family's), random controls, a reset.
 
 Masks are chosen on calibration rows, which nothing else scores, inside each partition that holds
 the domain: an expert is told from others by what the domains of its own partition send through it.
-The weights stay in the checkpoint (halves of purged experts serve others), so no mask is exact.
+The weights stay in the checkpoint (halves of a Monet's purged experts serve others), so no mask is
+exact.
 
-Shapes: G router groups, E experts per axis (expert ij has two indices); masks are (G, E, E).
+Shapes: G router groups (layers), E experts per axis; masks are (G, E, E) of a Monet, whose expert
+ij has two indices, and (G, E) of others.
 """
 
 import copy
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from tiered.experts import expert_scores, experts_of
+from tiered.experts import HAVE_EXPERTS, expert_scores, experts_of
 from tiered.metrics import NOT_APPLICABLE
 from tiered.record import training_environment
 from tiered.router import load_models
@@ -92,7 +94,7 @@ def calibration_scores(context: Context, forget: Forget, k: int) -> Scores:
     Raises NotApplicable where there is nothing to choose experts by.
     """
     domains = [d for d in context.data.domains if d in context.partitions.members[k]]
-    if context.config.model.type != "monet":
+    if context.config.model.type not in HAVE_EXPERTS:
         raise NotApplicable(f"{NOT_APPLICABLE}: a {context.config.model.type} has no such experts")
     if forget.documents:
         raise NotApplicable(f"{NOT_APPLICABLE}: experts are told apart by domain")

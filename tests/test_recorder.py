@@ -1,0 +1,246 @@
+"""The routing recorder: brute force, hand-made tables, batches of any size."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_monet import MonetConfig, MonetForCausalLM
+from tests.test_modeling_moe import VARIANTS, make
+from tiered import recorder
+from tiered.experts import (
+    GroupRouting,
+    block_expert_weights,
+    experts_of,
+    mean_expert_weights,
+    purge,
+    routing_of,
+)
+from tiered.recorder import (
+    RoutingRecorder,
+    frequent_words,
+    js_distance,
+    load_entropy,
+    max_violation,
+    path_coverage,
+)
+
+ROWS = {d: np.random.default_rng(i).integers(2, 50, (5, 12)) for i, d in enumerate("abc")}
+
+
+def monet() -> MonetForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "moe_groups": 1}
+    sizes |= {"num_attention_heads": 2, "moe_experts": 4, "moe_topk": 2, "moe_heads": 3}
+    return MonetForCausalLM(MonetConfig(**sizes, moe_dim=4, initializer_range=0.3)).eval()
+
+
+def recorded(model, batch_rows: int = 16, watched=(3, 5, 8)) -> RoutingRecorder:
+    found = RoutingRecorder("abc", 50, watched)
+    for domain, rows in ROWS.items():
+        found.read(model, domain, rows, batch_rows)
+    return found
+
+
+@pytest.fixture(scope="module")
+def moe():
+    return make(initializer_range=0.4).eval()
+
+
+def test_sums_are_those_of_a_loop_over_tokens(moe):
+    found = recorded(moe)
+    weights, uses = np.zeros((3, 3, 6)), np.zeros((3, 3, 6), dtype=int)
+    by_word, by_domain = np.zeros((3, 50, 6)), np.zeros((3, 3, 3, 6))
+    paths = {d: Counter() for d in "abc"}
+    with torch.no_grad():
+        for d, (name, rows) in enumerate(ROWS.items()):
+            for row in rows:
+                routing = moe(torch.from_numpy(row)[None], output_routing=True).routing
+                for t, word in enumerate(row):
+                    tops = []
+                    for g in range(3):
+                        index, share = routing[g].index[t].tolist(), routing[g].weights[t].tolist()
+                        tops.append(index[int(np.argmax(share))])
+                        for e, w in zip(index, share, strict=True):
+                            weights[d, g, e] += w
+                            uses[d, g, e] += 1
+                            by_word[g, word, e] += 1
+                            if word in (3, 5, 8):
+                                by_domain[(3, 5, 8).index(word), d, g, e] += 1
+                    paths[name][tuple(tops)] += 1
+    assert np.allclose(found.weights.numpy(), weights, atol=1e-5)
+    assert np.array_equal(found.uses.numpy(), uses)
+    assert np.array_equal(found.by_word.numpy(), by_word)
+    assert np.array_equal(found.by_domain.numpy(), by_domain)
+    assert found.paths == list(paths.values())
+    counts = np.bincount(np.concatenate([r.ravel() for r in ROWS.values()]), minlength=50)
+    assert np.array_equal(found.word_counts.numpy(), counts)
+
+
+@pytest.mark.parametrize("kind", ["moe", "monet", "tree"])
+def test_batches_of_any_size_record_the_same(kind, moe):
+    model = {"moe": moe, "monet": monet()}.get(kind) or make("tree").eval()
+    whole, parts = recorded(model, 16), recorded(model, 2)
+    for name in ("uses", "by_word", "by_domain", "stays", "chances", "word_counts"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name)), name
+    assert torch.allclose(whole.weights, parts.weights, atol=1e-5)
+    assert torch.allclose(whole.best, parts.best, atol=1e-6)  # which of equal tokens is open
+    assert whole.paths == parts.paths
+    assert torch.allclose(torch.cat(whole.by_row), torch.cat(parts.by_row), atol=1e-5)
+
+
+def test_continuity_by_a_walk_over_every_use(moe):
+    found, lasting, could = recorded(moe), {1: 0, 2: 0}, {1: 0, 2: 0}
+    with torch.no_grad():
+        for rows in ROWS.values():
+            routing = moe(torch.from_numpy(rows), output_routing=True).routing
+            sets = [[set(t) for t in r.index.tolist()] for r in routing]
+            for t in range(rows.size):
+                for g in range(3):
+                    for e in sets[g][t]:
+                        for steps in (s for s in (1, 2) if g + s < 3):
+                            could[steps] += 1
+                            lasting[steps] += all(e in sets[g + i][t] for i in range(steps + 1))
+    for steps in (1, 2):
+        ec = found.continuity()[str(steps)]
+        assert ec["observed"] == pytest.approx(lasting[steps] / could[steps], abs=1e-6)
+
+
+def group(index: list[list[int]], experts: int, weights=None) -> GroupRouting:
+    """One row of tokens: the experts of each, with equal weights or those given."""
+    index = torch.tensor(index)
+    weights = torch.ones(index.shape) if weights is None else torch.tensor(weights)
+    sums = torch.zeros(1, experts).scatter_add(1, index.view(1, -1), weights.view(1, -1))
+    return GroupRouting(sums, index, weights)
+
+
+def test_continuity_and_chance_by_hand():
+    """Three layers, two experts, one used: of four tokens three stay once, two twice."""
+    found = RoutingRecorder("a", 9)
+    layers = [[[0], [0], [0], [1]], [[0], [0], [1], [1]], [[0], [1], [1], [1]]]
+    found.add("a", torch.tensor([[1, 2, 3, 4]]), [group(layer, 2) for layer in layers])
+    ec = found.continuity()
+    assert ec["1"]["observed"] == (3 + 3) / 8 and ec["2"]["observed"] == 2 / 4
+    # loads 3/4 1/4, 1/2 1/2, 1/4 3/4
+    once = 3 / 4 / 2 + 1 / 4 / 2 + 1 / 2 / 4 + 1 / 2 * 3 / 4
+    assert ec["1"]["by_chance"] == pytest.approx(once / 2)
+    assert ec["2"]["by_chance"] == pytest.approx(3 / 4 / 2 / 4 + 1 / 4 / 2 * 3 / 4)
+
+
+def test_specialisation_by_hand(monkeypatch):
+    """Word 1 always uses expert 0, word 2 either; word 2 uses 0 in domain a and 1 in domain b."""
+    monkeypatch.setattr(recorder, "LEAST_USES", 2)
+    found = RoutingRecorder("ab", 9, [2])
+    found.add("a", torch.tensor([[1, 1, 2, 2]]), [group([[0], [0], [0], [0]], 2)])
+    found.add("b", torch.tensor([[1, 1, 2, 2]]), [group([[0], [0], [1], [1]], 2)])
+    measures = found.summary()["groups"][0]
+
+    def entropy(p: float) -> float:
+        return -sum(q * np.log2(q) for q in (p, 1 - p) if q)
+
+    def distance(p: float, q: float) -> float:
+        return np.sqrt(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2)
+
+    tis = (distance(1, 3 / 4) + distance(1 / 2, 3 / 4)) / 2
+    assert measures["tis"] == pytest.approx(tis, abs=1e-6)
+    ics = (distance(1, 1 / 2) + distance(0, 1 / 2)) / 2
+    assert measures["ics"] == pytest.approx(ics, abs=1e-6)
+    assert measures["max_violation"] == pytest.approx(6 / 4 - 1)
+    assert measures["load_entropy"] == pytest.approx(entropy(3 / 4), abs=1e-6)
+    assert measures["share_of_domain"] == [[1.0, 0.0], [0.5, 0.5]]
+    assert found.top_words(0) == [[1], [2]]
+
+
+def test_hand_values():
+    assert max_violation(np.array([6, 2, 4, 0])) == 1.0
+    assert load_entropy(np.array([5, 5, 0, 0])) == pytest.approx(0.5)
+    assert load_entropy(np.array([3, 3])) == pytest.approx(1.0)
+    assert js_distance(np.array([4, 0]), np.array([0, 9])) == pytest.approx(1.0)
+    assert js_distance(np.array([1, 3]), np.array([10, 30])) == 0.0
+    coverage = path_coverage(Counter({(0, 1): 5, (1, 1): 2, (2, 2): 1, (3, 3): 1, (4, 4): 1}))
+    assert coverage["top_1"] == 0.5 and coverage["top_4"] == 0.9 and coverage["paths"] == 5
+    assert coverage["most_frequent"][0] == [[0, 1], 0.5]
+    rows = [np.array([[1, 1, 1, 2]]), np.array([[2, 2, 3, 3]]), np.array([[3, 4, 2, 4]])]
+    assert frequent_words(rows, 5) == [2, 3]  # 1 and 4 occur in one domain alone
+
+
+def test_contexts_are_the_heaviest_tokens_in_order(moe):
+    found = recorded(moe)
+    for g in range(3):
+        heaviest = {e: [] for e in range(6)}
+        for domain, rows in ROWS.items():
+            routing = routing_of(moe, torch.from_numpy(rows))[g]
+            for n, (index, weights) in enumerate(zip(routing.index, routing.weights, strict=True)):
+                for e, w in zip(index.tolist(), weights.tolist(), strict=True):
+                    heaviest[e].append((w, domain, n // 12, n % 12))
+        for e, contexts in enumerate(found.contexts(g)):
+            expected = sorted(heaviest[e], reverse=True, key=lambda c: c[0])[:8]
+            assert [c[0] for c in contexts] == pytest.approx([c[0] for c in expected], abs=1e-6)
+            for weight, domain, row, position in contexts:
+                assert any(
+                    c[1:] == (domain, row, position) and c[0] == pytest.approx(weight, abs=1e-6)
+                    for c in heaviest[e]
+                )
+
+
+def test_what_would_be_too_large_is_left_out(moe, monkeypatch):
+    monkeypatch.setattr(recorder, "LARGEST", 3 * 6 * 9)
+    found = recorded(moe)
+    assert found.by_word is None and found.by_row is None
+    assert torch.equal(found.by_domain, recorded(moe).by_domain)
+    measures = found.summary()["groups"][0]
+    assert measures["tis"] is None and measures["nmi_shuffled"] is None
+    assert found.top_words(0) == [[]] * 6
+    monkeypatch.setattr(recorder, "PATHS", 2)
+    assert all(len(c) <= 2 for c in recorded(moe).paths)
+
+
+def test_a_monets_heads_use_one_expert_each():
+    model = monet()
+    rows = torch.from_numpy(ROWS["a"])
+    routing, (g1, g2) = (
+        routing_of(model, rows)[1],
+        model(rows, output_router_probs=True).router_probs[1],
+    )
+    assert routing.index.shape == (60, 3)
+    for token, (row, position) in enumerate(np.ndindex(5, 12)):
+        for h in range(3):
+            pair = torch.outer(g1[row, position, h], g2[row, position, h])
+            assert routing.index[token, h] == pair.argmax()
+            assert routing.weights[token, h] == pytest.approx(pair.max().item())
+    assert torch.allclose(routing.sums.sum(1), torch.tensor(12.0 * 3))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_mean_weights_of_every_variant_by_loops(variant):
+    model = make(variant, initializer_range=0.3).train()
+    ids = torch.from_numpy(ROWS["a"])
+    shape = (model.config.num_moe_layers, model.config.num_experts)
+    expected = torch.zeros(5, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        for g, routing in enumerate(model.eval()(ids, output_routing=True).routing):
+            for n in range(60):
+                for e, w in zip(
+                    routing.index[n].tolist(), routing.weights[n].tolist(), strict=True
+                ):
+                    expected[n // 12, g, e] += w
+    model.train()
+    assert torch.allclose(block_expert_weights(model, ids), expected / 12, atol=1e-6)
+    found = mean_expert_weights(model, ids.split(2))
+    assert torch.allclose(found, expected.sum(0) / 60, atol=1e-6) and model.training
+    for router in model.model.routers():
+        assert not hasattr(router, "load") or not router.load.any()  # reading is no training
+
+
+def test_experts_of_a_domain_are_purged():
+    """One expert of layer 1 made the domain's own: purging it moves that domain alone."""
+    model = make(initializer_range=0.3).eval()
+    scores = {d: mean_expert_weights(model, [torch.from_numpy(r)]) for d, r in ROWS.items()}
+    found = experts_of(scores, "b", 1.05)
+    assert found.shape == (3, 6) and found.any()
+    before = model(torch.from_numpy(ROWS["b"])).logits
+    assert torch.equal(purge(model, scores, "b", 1.05), found)
+    for g, routing in enumerate(routing_of(model, torch.from_numpy(ROWS["b"]))):
+        assert not routing.sums[:, found[g]].any()
+    assert not torch.equal(model(torch.from_numpy(ROWS["b"])).logits, before)
