@@ -1,7 +1,7 @@
 """Utility and routing quality of the tiered model, per domain and macro.
 
 Reads   runs/<experiment>/router/, models/, data/processed/<key>/
-Writes  runs/<experiment>/eval/utility.json, eval/rows.parquet, eval/mixtures.parquet (if any)
+Writes  runs/<experiment>/eval/utility.json, rows.parquet (mixtures.parquet, experts.json)
 
     python eval_det_router.py configs/quickstart/n16.yaml             # CPU, seconds
     python eval_det_router.py configs/c4/trained/n16.yaml eval.rows_per_domain=0   # one GPU
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from tiered.baselines.glider import Inside, router_cosines, sentence_cosines
 from tiered.branching import has_own_seed, outside_folder
-from tiered.config import ROUTED_INSIDE, Config, run_script
+from tiered.config import HAVE_EXPERTS, ROUTED_INSIDE, Config, run_script
 from tiered.data import ProcessedData
 from tiered.evaluation import (
     evaluate,
@@ -24,6 +24,7 @@ from tiered.evaluation import (
     score_cache,
     write_rows,
 )
+from tiered.inspection import write_experts
 from tiered.modeling_tiered import Level1Router
 from tiered.partition import PartitionMap, make_partition_map
 from tiered.record import device_of, start, timed
@@ -108,7 +109,10 @@ def main(config: Config) -> None:
             # 5. rows first, so that utility.json stands for a finished stage
             write_rows(path.with_name("rows.parquet"), table)
             write_json(path, result)
-    # 6. what a reader wants to see at once
+    # 6. what the experts of every model did
+    if config.eval.expert_rows and config.model.type in HAVE_EXPERTS:
+        write_experts(config, data, partitions, folders, progress)
+    # 7. what a reader wants to see at once
     for scope, figures in result["macro"].items():
         if isinstance(figures, dict):
             gain = figures["gain_over_unigram"]

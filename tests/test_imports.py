@@ -21,7 +21,8 @@ ALLOWED = {
     "runs": {"store"},
     "report_unlearning": {"metrics", "runs", "statistics", "store"},
     "report_trunk": {"runs", "store"},
-    "report": {"report_trunk", "report_unlearning", "runs", "store"},
+    "report_experts": {"runs", "store"},
+    "report": {"report_experts", "report_trunk", "report_unlearning", "runs", "store"},
     **{leaf: set() for leaf in LEAVES},
 }
 SHADOWED = {"datasets", "evaluate", "tokenizers", "accelerate", "wandb", "torch", "transformers"}

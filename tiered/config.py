@@ -30,6 +30,7 @@ ROUTED_INSIDE = ("base", "phatgoose", "glider", "average_activation", "arrow")  
 MAX_BASE_LEVELS = 3
 _NOVEL_TOO = ("tokenizer.train_domains", "data.tokens_per_domain")  # may name novel domains
 FAMILIES = ("monet", "llama", "moe", "mixtral", "demix", "domain_token", "lora")
+HAVE_EXPERTS = ("monet", "moe")  # their experts' routing is read, and they are purged
 SHARED_TRUNK = ("demix", "domain_token")  # one training makes the models of all partitions
 SPLITS = ("train", "validation", "test", "router", "holdout", "calibration")
 CANARY = "canary"  # a split of rows of random tokens, where data.canaries asks for them
@@ -368,6 +369,12 @@ class TrainingConfig:
         choices=("constant_steps", "constant_batch"),
     )
     min_batch_rows: int = opt(1, "floor of the constant_steps batch, rows", low=1)
+    routing_steps: int = opt(
+        0,
+        "monet, moe: every so many steps, note what each expert does with validation rows (the"
+        " report draws it); 0: never",
+        low=0,
+    )
     balanced: bool = opt(
         False,
         "every optimizer step holds as many rows of each domain of the partition, and an epoch is a"
@@ -462,6 +469,13 @@ class EvalConfig:
         "glider_encoder: YAML file, domain to a description that is embedded for its expert, as an"
         " LLM or a person wrote it; empty: beginnings of its router-split documents",
     )
+    expert_rows: int = opt(
+        0, "monet, moe: rows per domain whose routing is recorded for the expert pages", low=0
+    )
+    expert_ablations: int = opt(
+        0, "experts per layer, the busiest, that are left out one at a time on those rows", low=0
+    )
+    flow_tokens: int = opt(24, "tokens per domain whose way through the layers is drawn", low=1)
     cached_rows: int = opt(100, "validation rows that make the cached prior", low=1)
     context_lengths: tuple[int, ...] = opt(
         (1, 2, 4, 8, 16, 32, 64),
@@ -992,6 +1006,12 @@ def _check_training(config: Config) -> None:
         raise UserError("eval.glider_descriptions: needs eval.glider_encoder to embed them")
     if len(config.eval.glider_alphas) != 2:
         raise UserError("eval.glider_alphas: two numbers, from the threshold on and below it")
+    if config.model.type not in HAVE_EXPERTS:
+        for key in ("eval.expert_rows", "training.routing_steps"):
+            if getattr(getattr(config, key.split(".")[0]), key.split(".")[1]):
+                raise UserError(
+                    f"{key}: a {config.model.type} has no experts to watch; set it to 0"
+                )
     if config.model.type in SHARED_TRUNK:
         _check_shared_trunk(config)
     if section.added_from and not config.data.added_domains:

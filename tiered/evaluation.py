@@ -453,6 +453,10 @@ def _mixture_macro(domains: list[dict[str, Any]]) -> dict[str, Any]:
     return macro
 
 
+# fields of eval that concern the expert pages alone
+EXPERT_SETTINGS = ("expert_rows", "expert_ablations", "flow_tokens")
+
+
 def evaluation_key(
     config: Config, data: ProcessedData, partitions: PartitionMap, models: Mapping[int, str]
 ) -> str:
@@ -468,7 +472,7 @@ def evaluation_key(
                 for d in (*data.domains, *data.novel_domains)
             },
             "novel": data.novel_domains,
-            "eval": plain(config.eval),
+            "eval": {n: v for n, v in plain(config.eval).items() if n not in EXPERT_SETTINGS},
             "glider": glider_inputs(config, data),
             "environment": training_environment(config),  # LoRA experts are routed by their file
             "code": code_hash(*SCORING_CODE),

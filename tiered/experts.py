@@ -56,9 +56,6 @@ class GroupRouting(NamedTuple):
     weights: torch.Tensor
 
 
-HAVE_EXPERTS = ("monet", "moe")  # families whose routing is read here, and whose experts are purged
-
-
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """A model in evaluation mode: training mode would move its running statistics."""

@@ -33,6 +33,8 @@ from tiered.record import device_of, is_main_process, peak_memory_bytes
 from tiered.store import TIMINGS, UserError, atomic_folder, read_json, write_json
 from tiered.workers import in_worker
 
+OBSERVED = "observed.jsonl"  # beside a model whose training was watched
+
 
 class OrderedBlocks(torch.utils.data.Dataset):
     """Blocks (rows, T) in training order: one seeded permutation per pass over them."""
@@ -90,6 +92,27 @@ class AfterStep(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         getattr(model, "after_optimizer_step", lambda: None)()
+
+
+class Observer(TrainerCallback):
+    """Notes what job.observe says of the model at the start and every so many steps; in the
+    Trainer's log, which a resume restores."""
+
+    def __init__(self, observe: Callable[[PreTrainedModel], dict[str, Any]], steps: int) -> None:
+        self.observe, self.steps = observe, steps
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self._note(state, model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.steps == 0 or state.global_step == state.max_steps:
+            self._note(state, model)
+
+    def _note(self, state, model) -> None:
+        if state.is_world_process_zero:
+            noted = {"step": state.global_step, "observed": self.observe(model)}
+            state.log_history.append(noted)
 
 
 class LossGuard(TrainerCallback):
@@ -177,7 +200,8 @@ def average_statistics(model: torch.nn.Module) -> None:
 @dataclass
 class Fit:
     """One training job: where it is kept, from which seed, with which arguments; earlier_seconds:
-    what the training that it goes on from took."""
+    what the training that it goes on from took; observe, observe_steps: what is noted of the model
+    (JSON-ready, changing nothing) at the start and every so many steps (0: never)."""
 
     folder: Path
     label: str
@@ -185,6 +209,8 @@ class Fit:
     arguments: dict[str, Any]
     record: dict[str, Any] = field(default_factory=dict)
     earlier_seconds: float = 0.0
+    observe: Callable[[PreTrainedModel], dict[str, Any]] | None = None
+    observe_steps: int = 0
 
     @property
     def checkpoints(self) -> Path:
@@ -242,6 +268,10 @@ def _publish(
         (path / "metrics.jsonl").write_text(
             "".join(json.dumps(e, sort_keys=True) + "\n" for e in losses)
         )
+        observed = [e for e in trainer.state.log_history if "observed" in e]
+        if observed:
+            lines = (json.dumps({"step": e["step"], **e["observed"]}) + "\n" for e in observed)
+            (path / OBSERVED).write_text("".join(lines))
         record = {
             **job.record,
             "optimizer_steps": trainer.state.global_step,
@@ -265,6 +295,8 @@ def _make_trainer(
 ) -> ResumableTrainer:
     save_steps, cuda = config.training.save_steps, device_of(config).type == "cuda"
     trackers, callbacks = _trackers(config, job)
+    if job.observe is not None and job.observe_steps:
+        callbacks.append(Observer(job.observe, job.observe_steps))
     arguments = {
         "save_strategy": "steps" if save_steps else "no",
         "save_steps": save_steps or 500,

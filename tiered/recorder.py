@@ -172,6 +172,21 @@ class RoutingRecorder:
             "paths": {d: path_coverage(c) for d, c in zip(self.domains, self.paths, strict=True)},
         }
 
+    def snapshot(self) -> dict[str, Any]:
+        """What is worth keeping of many moments: loads (G, X), their MaxVio, every domain's share
+        of weight per expert (D, G, X), NMI and continuity."""
+        load = self.uses.sum(0).numpy()
+        share = self.weights / self.weights.sum(-1, keepdim=True)
+        groups = range(len(load))
+        return {
+            "domains": self.domains,
+            "load": (load / load.sum(1, keepdims=True)).round(5).tolist(),
+            "max_violation": [_round(max_violation(row)) for row in load],
+            "share_of_domain": share.numpy().round(5).tolist(),
+            "nmi": [_round(normalised_information(self.joint(g))) for g in groups],
+            "continuity": self.continuity(),
+        }
+
     def _group(self, g: int, seed: int) -> dict[str, Any]:
         load, joint = self.uses[:, g].sum(0).numpy(), self.joint(g)
         per_expert, per_domain = effective_numbers(joint)
@@ -278,7 +293,7 @@ def _by_chance(
     tables: np.ndarray, everything: np.ndarray, generator: np.random.Generator
 ) -> list[float]:
     """Distances that counts (rows, X) would have, were they drawn from what all have in common."""
-    p = everything / everything.sum()
+    p = everything.astype(np.float64) / everything.sum(dtype=np.float64)
     drawn = (generator.multinomial(round(float(t.sum())), p) for t in tables)
     return [js_distance(row, everything) for row in drawn]
 

@@ -25,6 +25,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from tiered.report_experts import (
+    EXPERT_STYLE,
+    ablation_table,
+    expert_tables,
+    experts_html,
+    experts_of_run,
+    flow_html,
+    group_table,
+    model_plots,
+    skew_table,
+)
 from tiered.report_trunk import trunk_tables
 from tiered.report_unlearning import (
     forget_plots,
@@ -487,6 +498,7 @@ def build(folders: list[Path], output: Path) -> Path:
     if any("mixtures" in run.utility for run in runs):
         tables["Mixtures (bits per byte, macro over domains)"] = mixture_table(runs)
     tables |= {title: rows for title, rows in trunk_tables(runs).items() if rows}
+    tables |= expert_tables(runs)
     for run in runs:
         if (_clusters(run) or {}).get("top_terms"):
             tables[f"Clusters of {run.name}"] = term_table(run)
@@ -504,6 +516,14 @@ def build(folders: list[Path], output: Path) -> Path:
         page.plots(unlearning_plots(runs))
         page.add(LEADERBOARD)
         page.tables(unlearning_tables(runs))
+    pages = [
+        expert_page(run, k, found, output)
+        for run in runs
+        for k, found in experts_of_run(run).items()
+    ]
+    if pages:
+        links = [f'<a href="{path.name}">{html.escape(text)}</a>' for path, text in pages]
+        page.add(f"<p>What experts do: {', '.join(links)}.</p>")
     page.plots(plots)
     page.tables(tables)
     for forget in forgets:
@@ -514,6 +534,27 @@ def build(folders: list[Path], output: Path) -> Path:
         own.tables(forget_tables(runs, forget))
         own.write(f"forget_{forget}.html")
     return page.write("index.html")
+
+
+def expert_page(run: Run, k: str, found: dict[str, Any], output: Path) -> tuple[Path, str]:
+    """Write the page of one model's experts; its path and title."""
+    title = f"experts of {run.name}" + (f", partition {k}" if run.n > 1 else "")
+    back = f'<p><a href="index.html">All runs</a></p>{EXPERT_STYLE}'
+    page = Page(output, html.escape(title[0].upper() + title[1:]), back)
+    page.plots(model_plots(run, k, found))
+    page.add(
+        "<h2>The way of a text through the layers, token by token</h2>"
+        "<p>The expert that a token gave most weight, darker for more; all of its experts are"
+        f" in the cell's title.</p>{flow_html(found)}"
+    )
+    tables = {
+        "by layer": group_table(found),
+        "domains": skew_table(found),
+        "left out one at a time (change of bits per byte)": ablation_table(found),
+    }
+    page.tables({f"{title}: {name}": rows for name, rows in tables.items() if rows})
+    page.add(f"<h2>Every expert</h2>{experts_html(found)}")
+    return page.write(f"experts_{run.name}_{k}.html"), title
 
 
 class Page:

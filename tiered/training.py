@@ -22,7 +22,7 @@ from tiered.blocks import (
     training_arguments,
     training_facts,
 )
-from tiered.config import Config
+from tiered.config import HAVE_EXPERTS, Config
 from tiered.data import ProcessedData
 from tiered.fitting import Fit, OrderedBlocks, fit
 from tiered.joint import BalancedBlocks, micro_batch_rows
@@ -30,6 +30,7 @@ from tiered.methods import MODELS
 from tiered.nearest import nearest_partition
 from tiered.partition import PartitionMap, make_partition_map
 from tiered.record import environment, set_up_process, training_environment, world_size
+from tiered.recorder import RoutingRecorder
 from tiered.shared_trunk import founding
 from tiered.store import (
     TOKENIZER_RECORD,
@@ -65,6 +66,7 @@ def model_inputs(
     own = {
         **({"excluded": excluded} if excluded else {}),
         **({"balanced": True} if config.training.balanced else {}),
+        **({"routing": config.training.routing_steps} if watches_routing(config) else {}),
         **training_facts(config, data, partitions.share(k), present),
         "seed_lm": seed_inputs(config, data),
         "partition": partitions.identity(k),
@@ -77,6 +79,31 @@ def model_inputs(
             "learning_rate": config.training.added_learning_rate,
         }
     return digest(own)
+
+
+WATCHED_ROWS = 4  # validation rows per domain whose routing is noted while a model is trained
+
+
+def watches_routing(config: Config) -> bool:
+    """Whether training notes what experts do."""
+    return config.training.routing_steps > 0 and config.model.type in HAVE_EXPERTS
+
+
+def routing_observer(
+    config: Config, data: ProcessedData, domains: Iterable[str]
+) -> Callable[[PreTrainedModel], dict[str, Any]]:
+    """What is noted of a model in training: loads and shares of its experts, on a few validation
+    rows of every domain."""
+    rows = {d: data.rows(d, "validation", WATCHED_ROWS).input_ids for d in sorted(domains)}
+    rows = {d: found for d, found in rows.items() if len(found)}
+
+    def observe(model: PreTrainedModel) -> dict[str, Any]:
+        recorder = RoutingRecorder(rows, data.vocab_size)
+        for domain, found in rows.items():
+            recorder.read(model, domain, found, config.eval.batch_rows)
+        return recorder.snapshot()
+
+    return observe
 
 
 def seed_inputs(config: Config, data: ProcessedData) -> str | None:
@@ -189,6 +216,9 @@ def train_partition(
             "environment": environment(config),
         },
     )
+    if watches_routing(config):
+        job.observe = routing_observer(config, data, counts)
+        job.observe_steps = config.training.routing_steps
 
     if config.model.type == "lora":
         from tiered.baselines.lora_experts import train_expert  # peft takes seconds to import

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from tiered.experts import HAVE_EXPERTS, expert_scores, experts_of
+from tiered.config import HAVE_EXPERTS
+from tiered.experts import expert_scores, experts_of
 from tiered.metrics import NOT_APPLICABLE
 from tiered.record import training_environment
 from tiered.router import load_models

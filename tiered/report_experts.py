@@ -1,0 +1,309 @@
+"""The report's part on experts: tables over runs, plots, and a page for every model of a run.
+
+Reads eval/experts.json and, where training was watched, models/<k>/observed.jsonl.
+"""
+
+import html
+import json
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from tiered.runs import Run, cell
+from tiered.store import read_json
+
+LINES = ("-", "--", ":", "-.")
+FLOWS = 4  # domains whose flow is drawn as a plot; the page has the table of every domain
+
+
+def experts_of_run(run: Run) -> dict[str, dict[str, Any]]:
+    """partition -> what its experts did; empty where a run has no expert pages."""
+    path = run.folder / "eval" / "experts.json"
+    return read_json(path)["partitions"] if path.is_file() else {}
+
+
+def observed(run: Run, k: str) -> list[dict[str, Any]]:
+    """What was noted while partition k's model was trained, in order of steps."""
+    path = run.folder / "models" / k / "observed.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ---------------------------------------------------------------- tables
+
+
+def expert_tables(runs: list[Run]) -> dict[str, list[dict[str, str]]]:
+    """T9: title -> rows, over all runs; empty where none has expert pages."""
+    rows = [_mean_row(run, k, found) for run in runs for k, found in experts_of_run(run).items()]
+    return {"Experts (T9, mean over layers)": rows} if rows else {}
+
+
+def _mean_row(run: Run, k: str, found: dict[str, Any]) -> dict[str, str]:
+    groups, steps = found["groups"], found["continuity"].get("1", {})
+    paths = list(found["paths"].values())
+
+    def mean(name: str) -> Any:
+        values = [g[name] for g in groups if g[name] is not None]
+        return float(np.mean(values)) if values else "none"
+
+    nmi, by_chance = mean("nmi"), mean("nmi_shuffled")
+    above = nmi - by_chance if isinstance(by_chance, float) else "none"
+    return {
+        "experiment": run.name,
+        "partition": k,
+        "experts per layer": str(found["experts"]),
+        "MaxVio": cell(mean("max_violation")),
+        "load entropy": cell(mean("load_entropy")),
+        "NMI above chance": cell(above),
+        "effective domains per expert": cell(mean("effective_domains_per_expert"), 2),
+        "effective experts per domain": cell(mean("effective_experts_per_domain"), 1),
+        "TIS": cell(mean("tis")),
+        "TIS by chance": cell(mean("tis_by_chance")),
+        "ICS": cell(mean("ics")),
+        "ICS by chance": cell(mean("ics_by_chance")),
+        "EC(1)": cell(steps.get("observed", "none")),
+        "EC(1) by chance": cell(steps.get("by_chance", "none")),
+        "top-1 path": cell(float(np.mean([p["top_1"] for p in paths]))),
+        "top-4 paths": cell(float(np.mean([p["top_4"] for p in paths]))),
+    }
+
+
+def group_table(found: dict[str, Any]) -> list[dict[str, str]]:
+    """A model's measures, layer by layer."""
+    names = {
+        **{"max_violation": "MaxVio", "load_entropy": "load entropy", "nmi": "NMI"},
+        "nmi_shuffled": "NMI, labels shuffled",
+        "effective_domains_per_expert": "effective domains per expert",
+        "effective_experts_per_domain": "effective experts per domain",
+        **{"tis": "TIS", "tis_by_chance": "TIS by chance"},
+        **{"ics": "ICS", "ics_by_chance": "ICS by chance"},
+    }
+    return [
+        {"layer": str(g)}
+        | {text: cell("none" if group[n] is None else group[n]) for n, text in names.items()}
+        for g, group in enumerate(found["groups"])
+    ]
+
+
+def skew_table(found: dict[str, Any]) -> list[dict[str, str]]:
+    """Sizes of every domain's skewed sets (all layers together) and what they cover."""
+    rows = []
+    for domain in found["domains"]:
+        row = {"domain": domain}
+        for ratio, sets in found["skewed"].items():
+            row[f"experts at {ratio}"] = str(sum(sets[domain]["experts"]))
+            row[f"coverage at {ratio}"] = cell(sets[domain]["coverage"])
+        paths = found["paths"][domain]
+        row |= {"top-1 path": cell(paths["top_1"]), "top-4 paths": cell(paths["top_4"])}
+        row["paths"] = cell(paths["paths"])
+        rows.append(row)
+    return rows
+
+
+def ablation_table(found: dict[str, Any]) -> list[dict[str, str]]:
+    """Change of bits per byte on every domain when an expert, or a whole path, is left out."""
+    ablation = found["ablation"]
+    if not ablation:
+        return []
+    named = [(f"layer {e['group']}, expert {e['expert']}", e) for e in ablation["experts"]]
+    for domain, entry in ablation["paths"].items():
+        named.append((f"path of {domain}: {' '.join(map(str, entry['path']))}", entry))
+    rows = []
+    for text, entry in named:
+        change = entry["change_bpb"]
+        row = {"left out": text, "hits most": max(change, key=change.get)}
+        rows.append(row | {d: f"{v:+.3f}" for d, v in change.items()})
+    return rows
+
+
+# ---------------------------------------------------------------- plots
+
+
+def model_plots(run: Run, k: str, found: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Title -> file name and figure, of one model."""
+    name = f"experts_{run.name}_{k}"
+    return {
+        "Which experts every domain uses": (f"{name}_domains", plot_domains(found)),
+        "How far domains use different experts": (f"{name}_js", plot_divergence(found)),
+        "The way of a text through the layers": (f"{name}_flow", plot_flow(found)),
+        "Experts through training": (f"{name}_training", plot_training(observed(run, k))),
+    }
+
+
+def _panels(count: int, width: float, height: float) -> tuple[plt.Figure, list[plt.Axes]]:
+    columns = min(count, 2)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(width * columns, height * rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    for spare in axes.flat[count:]:
+        spare.axis("off")
+    return figure, list(axes.flat[:count])
+
+
+def plot_domains(found: dict[str, Any]) -> plt.Figure:
+    """Per layer: share of every domain's weight that goes through every expert, experts in order
+    of the domain that uses them most."""
+    groups, domains = found["groups"], found["domains"]
+    figure, panels = _panels(len(groups), 6.5, 0.9 + 0.2 * len(domains))
+    for g, (axes, group) in enumerate(zip(panels, groups, strict=True)):
+        share = np.array(group["share_of_domain"])
+        owner = share.argmax(0)
+        order = np.lexsort((-share.max(0), owner))[: 4 * 64]
+        image = axes.imshow(
+            share[:, order] * share.shape[1], cmap="Greys", vmin=0, vmax=4, aspect="auto"
+        )
+        axes.set_yticks(range(len(domains)), domains)
+        axes.set_xlabel("experts, by the domain that uses them most")
+        axes.set_ylabel("domain")
+        axes.set_title(f"layer {g}", fontsize=10)
+        if share.shape[1] <= 32:
+            axes.set_xticks(range(len(order)), order.tolist(), fontsize=7)
+    figure.colorbar(image, ax=panels, extend="max", label="weight, over an equal share")
+    return figure
+
+
+def plot_divergence(found: dict[str, Any]) -> plt.Figure | None:
+    """Per layer: Jensen-Shannon divergence of the experts of every two domains, in bits."""
+    groups, domains = found["groups"], found["domains"]
+    if len(domains) < 2:
+        return None
+    size = 1.2 + 0.25 * len(domains)
+    figure, panels = _panels(len(groups), size + 0.6, size)
+    most = max(np.max(g["js_bits"]) for g in groups) or 1.0
+    for g, (axes, group) in enumerate(zip(panels, groups, strict=True)):
+        image = axes.imshow(group["js_bits"], cmap="Greys", vmin=0, vmax=most)
+        axes.set_xticks(range(len(domains)), domains, rotation=90)
+        axes.set_yticks(range(len(domains)), domains)
+        axes.set_title(f"layer {g}", fontsize=10)
+    figure.colorbar(image, ax=panels, label="Jensen-Shannon divergence (bits)")
+    return figure
+
+
+def plot_flow(found: dict[str, Any]) -> plt.Figure:
+    """One line per token of a text through the experts that it used most, layer by layer; the
+    wider, the more of the domain's tokens take that step."""
+    chosen = list(found["flow"])[:FLOWS]
+    figure, panels = _panels(len(chosen), 6.5, 3.6)
+    experts, layers = found["experts"], len(found["groups"])
+    for axes, domain in zip(panels, chosen, strict=True):
+        tops = np.array([[t[0][0] for t in group] for group in found["flow"][domain]["groups"]])
+        for g in range(layers - 1):
+            steps, counts = np.unique(tops[g : g + 2], axis=1, return_counts=True)
+            for (a, b), count in zip(steps.T, counts, strict=True):
+                width = 0.6 + 5 * count / tops.shape[1]
+                axes.plot([g, g + 1], [a, b], color="0.25", linewidth=width, alpha=0.6)
+        for g in range(layers):
+            used, counts = np.unique(tops[g], return_counts=True)
+            axes.scatter([g] * len(used), used, s=15 + 8 * counts, color="black", zorder=3)
+        axes.set_xticks(range(layers))
+        axes.set_ylim(-1, experts)
+        axes.set_xlabel("layer")
+        axes.set_ylabel("expert of a token")
+        axes.set_title(f"{domain}: {tops.shape[1]} tokens", fontsize=10)
+    return figure
+
+
+def plot_training(moments: list[dict[str, Any]]) -> plt.Figure | None:
+    """Load of every expert against the training step, layer by layer; MaxVio and NMI beside."""
+    if len(moments) < 2:
+        return None
+    steps = [m["step"] for m in moments]
+    loads = np.array([m["load"] for m in moments])  # (moments, G, X)
+    layers = loads.shape[1]
+    figure, panels = _panels(layers + 2, 6.0, 2.8)
+    for g, axes in enumerate(panels[:layers]):
+        order = loads[-1, g].argsort()[::-1][:64]
+        stacked = loads[:, g, order].T
+        shades = plt.get_cmap("Greys")(np.linspace(0.15, 0.75, len(order)))
+        axes.stackplot(steps, stacked, colors=shades, edgecolor="white", linewidth=0.3)
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("share of uses")
+        axes.set_title(f"layer {g}: one band per expert", fontsize=10)
+    for axes, name, text in (
+        (panels[layers], "max_violation", "MaxVio"),
+        (panels[layers + 1], "nmi", "NMI of domain and expert"),
+    ):
+        for g in range(layers):
+            values = [m[name][g] for m in moments]
+            axes.plot(
+                steps, values, LINES[g % len(LINES)], color="black", alpha=1 - 0.15 * (g // 4)
+            )
+            axes.annotate(f" {g}", (steps[-1], values[-1]), fontsize=8)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(text)
+        axes.set_title("one line per layer, numbered at its end", fontsize=10)
+    return figure
+
+
+# ---------------------------------------------------------------- pages
+
+EXPERT_STYLE = """
+<style>.flow td{text-align:center;white-space:pre;min-width:2.2em}.flow th{font-weight:normal}
+.expert{border-top:1px solid #bbb;padding:.3rem 0}.expert b{margin-right:.6rem}
+.words span{border:1px solid #bbb;padding:0 .3em;margin-right:.3em;white-space:pre}
+.context{font-size:13px;margin:.1rem 0 .1rem 1rem}.context mark{background:#000;color:#fff}
+details{margin:.3rem 0}summary{cursor:pointer}</style>
+"""
+
+
+def flow_html(found: dict[str, Any]) -> str:
+    """Per domain a table: a column per token, a row per layer; expert, shaded by its weight."""
+    parts = []
+    for i, (domain, flow) in enumerate(found["flow"].items()):
+        head = "".join(f"<th>{_visible(t)}</th>" for t in flow["tokens"])
+        body = []
+        most = max((t[0][1] for group in flow["groups"] for t in group), default=1.0) or 1.0
+        for g, group in enumerate(flow["groups"]):
+            cells = []
+            for tops in group:
+                shade = round(255 - 140 * min(1.0, tops[0][1] / most))
+                others = ", ".join(f"{e} ({w:.2f})" for e, w in tops)
+                style = f"background:rgb({shade},{shade},{shade})"
+                cells.append(f'<td style="{style}" title="{others}">{tops[0][0]}</td>')
+            body.append(f"<tr><th>layer {g}</th>{''.join(cells)}</tr>")
+        table = f"<table><tr><th></th>{head}</tr>{''.join(body)}</table>"
+        opened = " open" if i == 0 else ""
+        parts.append(
+            f"<details{opened}><summary>{html.escape(domain)}</summary>"
+            f"<div class='scroll flow'>{table}</div></details>"
+        )
+    return "".join(parts)
+
+
+def experts_html(found: dict[str, Any]) -> str:
+    """Every shown expert: load, domains, words, contexts; layer by layer."""
+    parts = []
+    for g, experts in enumerate(found["shown"]):
+        rows = []
+        for expert in experts:
+            domains = sorted(expert["domains"].items(), key=lambda i: -i[1])[:4]
+            text = ", ".join(f"{html.escape(d)} {v:.0%}" for d, v in domains)
+            words = "".join(f"<span>{_visible(w)}</span>" for w in expert["words"])
+            contexts = "".join(
+                f"<div class=context>{html.escape(c['domain'])} {c['weight']:.2f}:"
+                f" <bdi>{html.escape(c['text'][0])}<mark>{_visible(c['text'][1])}</mark>"
+                f"{html.escape(c['text'][2])}</bdi></div>"
+                for c in expert["contexts"]
+            )
+            rows.append(
+                f"<div class=expert><b>expert {expert['expert']}</b> {expert['load']:.1%} of uses;"
+                f" {text}<div class=words>{words}</div>"
+                f"<details><summary>contexts</summary>{contexts}</details></div>"
+            )
+        opened = " open" if g == 0 else ""
+        shown = f"layer {g}: {len(experts)} of {found['experts']} experts, the busiest first"
+        parts.append(f"<details{opened}><summary>{shown}</summary>{''.join(rows)}</details>")
+    return "".join(parts)
+
+
+def _visible(text: str) -> str:
+    """A token as HTML; spaces and line breaks are drawn."""
+    return html.escape(text.replace(" ", "\u2423").replace("\n", "\u21b5")) or "\u2205"
