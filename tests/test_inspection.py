@@ -1,0 +1,201 @@
+"""Expert pages from a run: what is stored is what a loop finds, and the page shows it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import run_stages, tiny_project
+from tiered.config import load
+from tiered.data import ProcessedData
+from tiered.experts import expert_scores, experts_of, mean_expert_weights
+from tiered.inspection import domain_bpb
+from tiered.partition import make_partition_map
+from tiered.report import build
+from tiered.router import load_models, run_models
+from tiered.store import UserError, read_json, tree_hashes
+
+WATCHED = "eval: {expert_rows: 6, expert_ablations: 2, flow_tokens: 10}\n"
+CONFIGS = {
+    "moe": "base: base.yaml\nname: moe\npartition: {n: 1}\n"
+    "model: {type: moe, num_attention_heads: 2, num_experts: 6, intermediate_size: 8,"
+    " balance_update_rate: 1e-3, router_aux_loss_coef: 0.0}\n"
+    "training: {routing_steps: 7, learning_rate: 5e-3}\n"
+    "unlearn: {operations: [original, gold, mask-skew, mask-random], mask_ratio: 1.2,"
+    " random_masks: 2}\n" + WATCHED,
+    "pairs": "base: base.yaml\nname: pairs\npartition: {method: family, n: 2}\n"
+    "training: {routing_steps: 9}\n" + WATCHED,
+}
+STAGES = ("process_dset", "train_det_router", "run_clm", "eval_det_router")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inspection")
+    tiny_project(folder)
+    for name, text in CONFIGS.items():
+        (folder / f"configs/{name}.yaml").write_text(text)
+    run_stages(folder, STAGES, *(f"configs/{name}.yaml" for name in CONFIGS))
+    run_stages(folder, ("unlearn_benchmarks",), "configs/moe.yaml")
+    return folder
+
+
+def loaded(project: Path, name: str):
+    config = load(f"configs/{name}.yaml")
+    data, partitions = ProcessedData(config), make_partition_map(config)
+    return config, data, partitions, load_models(run_models(config, partitions, data))
+
+
+def test_every_model_is_read_on_its_own_domains(project, monkeypatch):
+    monkeypatch.chdir(project)
+    for name in CONFIGS:
+        _, data, partitions, models = loaded(project, name)
+        stored = read_json(project / f"runs/{name}/eval/experts.json")["partitions"]
+        assert stored.keys() == {str(k) for k in models}
+        for k, model in models.items():
+            found = stored[str(k)]
+            assert found["domains"] == [d for d in data.domains if d in partitions.members[k]]
+            for i, domain in enumerate(found["domains"]):
+                ids = data.rows(domain, "test", 6).input_ids.astype(np.int64)
+                assert found["tokens"][domain] == ids.size
+                weights = mean_expert_weights(model, [torch.from_numpy(ids)]).flatten(1)
+                share = weights / weights.sum(1, keepdim=True)
+                for g, group in enumerate(found["groups"]):
+                    assert np.allclose(group["share_of_domain"][i], share[g], atol=2e-6)
+
+
+def test_words_contexts_and_flow_are_of_the_text(project, monkeypatch):
+    monkeypatch.chdir(project)
+    _, data, _, _ = loaded(project, "moe")
+    found = read_json(project / "runs/moe/eval/experts.json")["partitions"]["0"]
+    texts = {
+        d: [data.tokenizer.decode(row) for row in data.rows(d, "test", 6).input_ids.tolist()]
+        for d in data.domains
+    }
+    seen = 0
+    for experts in found["shown"]:
+        loads = [e["load"] for e in experts]
+        assert loads == sorted(loads, reverse=True) and sum(loads) == pytest.approx(1, abs=1e-4)
+        for expert in experts:
+            assert sum(expert["domains"].values()) == pytest.approx(1, abs=1e-3)
+            for context in expert["contexts"]:
+                before, token, after = context["text"]
+                whole = "".join(texts[context["domain"]])
+                assert token in whole and before.strip("\ufffd ") in whole
+                assert len(after) < 200
+    assert seen > 20
+    for domain, flow in found["flow"].items():
+        row = data.rows(domain, "test", 1).input_ids[0, :10].tolist()
+        assert flow["tokens"] == [data.tokenizer.decode([i]) for i in row]
+        assert [len(group) for group in flow["groups"]] == [10, 10]
+        for group in flow["groups"]:
+            for tops in group:
+                weights = [w for _, w in tops]
+                assert len(tops) == 2 and weights == sorted(weights, reverse=True)
+
+
+def test_an_ablation_is_the_change_that_leaving_out_makes(project, monkeypatch):
+    monkeypatch.chdir(project)
+    config, data, _, models = loaded(project, "moe")
+    found = read_json(project / "runs/moe/eval/experts.json")["partitions"]["0"]
+    ablation, model = found["ablation"], models[0]
+    rows = {d: data.rows(d, "test", 6) for d in data.domains}
+    before = domain_bpb(model, rows, 8)
+    assert before == pytest.approx(ablation["bpb"], abs=1e-5)
+    # by hand: nats of every row, bytes of what is scored
+    ids = torch.from_numpy(rows["hi"].input_ids.astype(np.int64))
+    with torch.no_grad():
+        logits = model.eval()(ids[:, :-1]).logits.double().log_softmax(-1)
+    nats = -logits.gather(-1, ids[:, 1:, None]).sum().item()
+    size = rows["hi"].token_bytes[:, 1:].sum()
+    assert before["hi"] == pytest.approx(nats / np.log(2) / size, abs=1e-5)
+    assert len(ablation["experts"]) == 2 * 2 and set(ablation["paths"]) == set(data.domains)
+    entries = [([(e["group"], e["expert"])], e) for e in ablation["experts"]]
+    entries += [(list(enumerate(e["path"])), e) for e in ablation["paths"].values()]
+    for places, entry in entries:
+        keep = torch.ones(2, 6).bool()
+        for g, e in places:
+            keep[g, e] = False
+        model.purge_experts(keep)
+        after = domain_bpb(model, rows, config.eval.batch_rows)
+        for domain, change in entry["change_bpb"].items():
+            assert after[domain] - before[domain] == pytest.approx(change, abs=2e-5)
+
+
+def test_training_is_watched_and_not_changed(project, tmp_path):
+    lines = (project / "runs/moe/models/0/observed.jsonl").read_text().splitlines()
+    moments = [json.loads(line) for line in lines]
+    steps = read_json(project / "runs/moe/models/0/record.json")["optimizer_steps"]
+    expected = [0, *range(7, steps + 1, 7)]
+    assert [m["step"] for m in moments] == expected + [steps] * (steps % 7 > 0)
+    loads = np.array([m["load"] for m in moments])
+    assert loads.shape[1:] == (2, 6) and np.allclose(loads.sum(-1), 1, atol=1e-4)
+    assert not np.array_equal(loads[0], loads[-1])
+    for moment in moments:
+        worst = np.max(moment["load"], 1) * 6 - 1
+        assert np.allclose(moment["max_violation"], worst, atol=1e-3)
+    # the same model without anybody watching
+    for name in ("configs", "processed"):
+        shutil.copytree(project / name, tmp_path / name)
+    run_stages(tmp_path, ("run_clm",), "configs/moe.yaml", "training.routing_steps=0")
+    alone, watched = tmp_path / "runs/moe/models/0", project / "runs/moe/models/0"
+    assert not (alone / "observed.jsonl").exists()
+    file = "model.safetensors"
+    assert tree_hashes(alone)[file] == tree_hashes(watched)[file]
+    # the biases of loss-free balancing have moved, by whole steps of the rate
+    balance = load_file(alone / file)["model.layers.0.mlp.gate.balance"]
+    assert balance.any() and torch.allclose(balance / 1e-3, (balance / 1e-3).round(), atol=1e-2)
+
+
+def test_purging_a_domains_experts_reaches_the_benchmark(project, monkeypatch):
+    monkeypatch.chdir(project)
+    _, data, _, models = loaded(project, "moe")
+    expected = experts_of(expert_scores(models[0], data, batch_rows=8), "hi", 1.2)
+    assert expected.any()
+    weights = models[0].state_dict()
+    for operation in ("mask-skew", "mask-random"):
+        folder = project / f"runs/moe/unlearn/hi/{operation}"
+        metrics = read_json(folder / "metrics.json")
+        assert metrics["exact"] is False and metrics["weights_removed"] is False
+        (model,) = load_models({0: folder / "system/models/0"}).values()
+        state = model.state_dict()
+        purged = ~torch.stack([state.pop(f"model.layers.{g}.mlp.gate.keep") for g in (0, 1)])
+        assert torch.equal(purged.sum(1), expected.sum(1))
+        assert torch.equal(purged, expected) == (operation == "mask-skew")
+        assert all(torch.equal(v, weights[n]) for n, v in state.items())
+
+
+def test_pages_show_it(project, tmp_path):
+    page = build([project / "runs/moe", project / "runs/pairs"], tmp_path)
+    text = page.read_text()
+    for name in ("experts_moe_0.html", "experts_pairs_0.html", "experts_pairs_1.html"):
+        assert f'href="{name}"' in text
+        own = (tmp_path / name).read_text()
+        assert own.count("<img") >= 4 and "layer 1" in own
+    table = (tmp_path / "tables/experts__t9__mean_over_layers.md").read_text()
+    assert table.count("\n") == 2 + 3 and "EC(1)" in table
+    found = read_json(project / "runs/moe/eval/experts.json")["partitions"]["0"]
+    assert f"| {found['continuity']['1']['observed']:.3f} |" in table
+
+
+def test_equal_inputs_are_not_read_again(project, tmp_path):
+    path = project / "runs/moe/eval/experts.json"
+    before = path.stat().st_mtime_ns
+    run_stages(project, ("eval_det_router",), "configs/moe.yaml")
+    assert path.stat().st_mtime_ns == before
+    utility = (project / "runs/moe/eval/utility.json").stat().st_mtime_ns
+    run_stages(project, ("eval_det_router",), "configs/moe.yaml", "eval.flow_tokens=5")
+    assert path.stat().st_mtime_ns > before
+    assert (project / "runs/moe/eval/utility.json").stat().st_mtime_ns == utility
+
+
+def test_a_family_without_experts_is_refused(project, monkeypatch):
+    monkeypatch.chdir(project)
+    for key in ("eval.expert_rows", "training.routing_steps"):
+        others = ["eval.expert_rows=0", "training.routing_steps=0"]
+        with pytest.raises(UserError, match=f"{key}: a llama has no experts to watch"):
+            load("configs/moe.yaml", ("model.type=llama", *others, f"{key}=4"))
