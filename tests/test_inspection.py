@@ -83,10 +83,10 @@ def test_words_contexts_and_flow_are_of_the_text(project, monkeypatch):
         for expert in experts:
             assert sum(expert["domains"].values()) == pytest.approx(1, abs=1e-3)
             for context in expert["contexts"]:
-                before, token, after = context["text"]
                 whole = "".join(texts[context["domain"]])
-                assert token in whole and before.strip("\ufffd ") in whole
-                assert len(after) < 200
+                for part in context["text"]:  # a token may be a part of a character
+                    assert "\ufffd" in part or part in whole
+                seen += "\ufffd" not in "".join(context["text"])
     assert seen > 20
     for domain, flow in found["flow"].items():
         row = data.rows(domain, "test", 1).input_ids[0, :10].tolist()
