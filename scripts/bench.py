@@ -15,6 +15,8 @@ no implementation can avoid take part as a contender: the floor.
     python scripts/bench.py demix --domains 16 --hidden 512 --heads 8 --tokens 4096
     python scripts/bench.py mixing --domains 16 --hidden 512 --heads 8
     python scripts/bench.py lora --domains 16 --hidden 512 --heads 8
+    python scripts/bench.py moe --experts 64 --topk 8 --hidden 256 --heads 8 --layers 4
+    python scripts/bench.py recorder --experts 64 --topk 8 --hidden 256 --heads 8 --layers 4
 
 --reference names any file that offers MonetConfig and MonetForCausalLM; it may run in another
 interpreter, whose libraries differ from ours.
@@ -48,6 +50,8 @@ CASES = {
     "demix": ("ours", "dense"),
     "mixing": ("ours", "one by one", "one model"),
     "lora": ("ours", "glider", "arrow", "base"),
+    "moe": ("ours", "transformers", "eager experts"),
+    "recorder": ("ours", "forward"),
 }
 OLMOE_EXPERTS, OLMOE_ACTIVE = 64, 8
 
@@ -154,6 +158,11 @@ def make_step(kind: str, case: str, size: dict[str, Any]) -> Callable[[], None]:
         from bench_experts import expert_step
 
         return expert_step(kind, case, size)
+    if case in ("moe", "recorder"):
+        sys.path.insert(0, str(ROOT))
+        from bench_experts import mixture_step
+
+        return mixture_step(kind, case, size)
     model = build_model(kind, size)
     rows = max(1, size["tokens"] // size["length"])
     ids = torch.randint(1, size["vocab"], (rows, size["length"]), device=device_of(size))

@@ -1,13 +1,17 @@
-"""Contenders of scripts/bench.py that share a trunk: DEMix, mixing its experts, LoRA experts."""
+"""Contenders of scripts/bench.py that have experts: DEMix, mixing its experts, LoRA experts, the
+OLMoE family and its routing recorder."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from tiered.baselines.modeling_demix import DemixConfig, DemixForCausalLM
 from tiered.baselines.modeling_lora_experts import LoraExpertsForCausalLM
+from tiered.baselines.modeling_moe import MoeConfig, MoeForCausalLM
+from tiered.experts import routing_of
+from tiered.recorder import RoutingRecorder
 
 LORA_RANK = 16
 
@@ -92,3 +96,43 @@ def lora_step(kind: str, size: dict[str, Any], ids: torch.Tensor) -> Callable[[]
         model(ids, routing=routing, use_cache=False, **given)
 
     return forward
+
+
+def mixture_step(kind: str, case: str, size: dict[str, Any]) -> Callable[[], None]:
+    """`moe`: a training step with its AdamW update; `recorder`: a forward pass of text that is
+    scored, with or without what the recorder keeps of it."""
+    torch.manual_seed(0)
+    device, experts, used = torch.device(size["device"]), size["experts"], size["topk"]
+    rows = max(1, size["tokens"] // size["length"])
+    ids = torch.randint(1, size["vocab"], (rows, size["length"]), device=device)
+    values = shape(size) | {"num_experts": experts, "num_experts_per_tok": used}
+    values["intermediate_size"] = 8 * -(-size["hidden"] // (3 * used))  # of one expert
+    values["eos_token_id"] = None
+    if kind == "transformers":
+        config = OlmoeConfig(**values, output_router_logits=True)
+        model = OlmoeForCausalLM(config)
+    else:
+        model = MoeForCausalLM(MoeConfig(**values))
+    if kind == "eager experts":
+        model.set_experts_implementation("eager")
+    model.to(device)
+    if case == "recorder":
+        model.eval()
+        recorder = RoutingRecorder("a", size["vocab"], range(64))
+
+        @torch.inference_mode()
+        def read() -> None:
+            if kind == "ours":
+                recorder.add("a", ids.cpu(), routing_of(model, ids))
+            else:
+                model(ids, output_routing=True, logits_to_keep=1)
+
+        return read
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
+
+    def train() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+    return train
