@@ -346,17 +346,22 @@ def _bpb(figures: Any, name: str) -> float:
 
 
 def _heat_maps(runs: list[Run]) -> tuple[plt.Figure, list[plt.Axes]]:
-    """A figure with a panel per run, as wide as the run has partitions."""
-    widths = [max(4, run.n) for run in runs]
+    """A figure with a panel per run, at most three side by side, as wide as the widest run of its
+    column has partitions."""
+    columns = min(3, len(runs))
+    rows = -(-len(runs) // columns)
+    widths = [max(4, *(run.n for run in runs[i::columns])) for i in range(columns)]
     figure, grid = plt.subplots(
-        1,
-        len(runs),
-        figsize=(2 + 0.34 * sum(widths), 5),
+        rows,
+        columns,
+        figsize=(2 + 0.34 * sum(widths), 5 * rows),
         width_ratios=widths,
         layout="constrained",
         squeeze=False,
     )
-    return figure, grid[0].tolist()
+    for spare in grid.flat[len(runs) :]:
+        spare.axis("off")
+    return figure, list(grid.flat[: len(runs)])
 
 
 def plot_routing(runs: list[Run]) -> plt.Figure:
