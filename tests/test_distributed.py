@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
-from tests.ranks import model, rows
+from tests.ranks import balanced_model, balancing_steps, model, rows
 from tiered.store import verify
 
 
@@ -31,11 +32,31 @@ def torchrun(folder: Path, port: int, *arguments: str) -> str:
     return done.stdout
 
 
-def test_gradients_of_two_ranks_are_those_of_all_rows(tmp_path):
-    torchrun(tmp_path, 29546, ROOT / "tests/ranks.py", tmp_path)
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun(folder, 29546, ROOT / "tests/ranks.py", folder)
+    return folder
+
+
+def test_biases_of_two_ranks_follow_the_loads_of_both(ranks):
+    moe = balanced_model()
+    alone = balancing_steps(moe, moe, rows())
+    found = [load_file(ranks / f"balance.{rank}.safetensors") for rank in (0, 1)]
+    assert len(alone) == 14
+    for name, value in alone.items():
+        if name.startswith("load."):  # each counted its own rows
+            assert torch.equal(found[0][name] + found[1][name], value), name
+            assert not torch.equal(found[0][name], found[1][name])
+        else:
+            assert all(torch.equal(own[name], value) for own in found), name
+    assert alone["5.0"].unique().numel() > 2  # they have not all gone one way
+
+
+def test_gradients_of_two_ranks_are_those_of_all_rows(ranks):
     alone = model()
     alone(input_ids=rows(), labels=rows()).loss.backward()
-    found = load_file(tmp_path / "gradients.safetensors")
+    found = load_file(ranks / "gradients.safetensors")
     expected = {name: p.grad for name, p in alone.named_parameters()}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():

@@ -14,10 +14,12 @@ from tiered.config import load
 from tiered.data import ProcessedData
 from tiered.experts import expert_scores, experts_of, mean_expert_weights
 from tiered.inspection import domain_bpb
+from tiered.methods import moe_config
 from tiered.partition import make_partition_map
 from tiered.report import build
 from tiered.router import load_models, run_models
 from tiered.store import UserError, read_json, tree_hashes
+from tiered.training import expert_devices
 
 WATCHED = "eval: {expert_rows: 6, expert_ablations: 2, flow_tokens: 10}\n"
 CONFIGS = {
@@ -141,11 +143,20 @@ def test_training_is_watched_and_not_changed(project, tmp_path):
     # the same model without anybody watching
     for name in ("configs", "processed"):
         shutil.copytree(project / name, tmp_path / name)
-    run_stages(tmp_path, ("run_clm",), "configs/moe.yaml", "training.routing_steps=0")
+    spread = "base: moe.yaml\nname: spread\ntraining: {expert_devices: 2}\n"
+    (tmp_path / "configs/spread.yaml").write_text(spread)
+    files = ("configs/moe.yaml", "configs/spread.yaml")
+    run_stages(tmp_path, ("run_clm",), *files, "training.routing_steps=0")
     alone, watched = tmp_path / "runs/moe/models/0", project / "runs/moe/models/0"
     assert not (alone / "observed.jsonl").exists()
     file = "model.safetensors"
     assert tree_hashes(alone)[file] == tree_hashes(watched)[file]
+    # nor with its experts spread over devices
+    store = {(tmp_path / f"runs/{name}/models/0").resolve() for name in ("moe", "spread")}
+    one, two = (load_file(folder / file) for folder in sorted(store))
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5, msg=name)
     # the biases of loss-free balancing have moved, by whole steps of the rate
     balance = load_file(alone / file)["model.layers.0.mlp.gate.balance"]
     assert balance.any() and torch.allclose(balance / 1e-3, (balance / 1e-3).round(), atol=1e-2)
@@ -199,3 +210,23 @@ def test_a_family_without_experts_is_refused(project, monkeypatch):
         others = ["eval.expert_rows=0", "training.routing_steps=0"]
         with pytest.raises(UserError, match=f"{key}: a llama has no experts to watch"):
             load("configs/moe.yaml", ("model.type=llama", *others, f"{key}=4"))
+    others += ["model.type=llama", "training.expert_devices=2"]
+    with pytest.raises(UserError, match=r"expert_devices: only the experts of model.type moe"):
+        load("configs/moe.yaml", tuple(others))
+
+
+def test_options_that_would_do_nothing_are_refused(project, monkeypatch):
+    monkeypatch.chdir(project)
+    tree = ("model.tree_depth=2", "model.intermediate_size=16")
+    for values, text in (
+        (tree, "model.num_experts: a tree has as many as it has edges"),
+        ((*tree, "model.num_experts=8", "model.norm_topk_prob=true"), "model.norm_topk_prob"),
+    ):
+        config = load("configs/moe.yaml", values)
+        with pytest.raises(UserError, match=text):
+            moe_config(config, ProcessedData(config))
+    config = load("configs/moe.yaml", (*tree, "model.num_experts=8"))
+    assert moe_config(config, ProcessedData(config)).num_experts == 6
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="expert_devices: one process drives them"):
+        expert_devices(load("configs/moe.yaml", ("training.expert_devices=2",)))

@@ -12,9 +12,11 @@ from tiered.baselines.modeling_moe import (
     MoeConfig,
     MoeForCausalLM,
     Routing,
+    SpreadExperts,
     TreeExperts,
     TreeRouter,
     balancing_loss,
+    expert_ranges,
     tree_paths,
 )
 
@@ -438,6 +440,83 @@ def test_a_purged_unit_is_not_brought_back_by_its_bias():
 
 
 # --- sizes and mistakes -----------------------------------------------------------------------
+
+
+# --- experts spread over devices -----------------------------------------------------------------
+
+
+def test_ranges_of_experts_by_hand():
+    assert expert_ranges(6, 4) == [range(2), range(2, 3), range(3, 5), range(5, 6)]
+    assert expert_ranges(64, 2) == [range(32), range(32, 64)]
+    assert expert_ranges(3, 1) == [range(3)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_spread_experts_are_the_same_experts(variant, tmp_path):
+    """Output, gradients, a state dict of the same tensors, and a checkpoint that anyone loads."""
+    whole, spread = make(variant).train(), make(variant).train()
+    spread.spread_experts(["cpu"] * 5)
+    counts = [len(m.parts) for m in spread.modules() if isinstance(m, SpreadExperts)]
+    trees = {"tree": [2, 4] * 3, "uneven_tree": [3, 5] * 3, "bank": [5, 5], "dense": [5, 5]}
+    assert counts == trees.get(variant, [5] * 3)
+    a, b = (m(IDS, labels=IDS, attention_mask=MASK) for m in (whole, spread))
+    assert torch.allclose(a.logits, b.logits, atol=1e-6)
+    for out in (a, b):
+        out.loss.backward()
+    for name, weight in whole.named_parameters():
+        path, leaf = name.rsplit(".", 1)
+        module = spread.get_submodule(path)
+        if isinstance(module, SpreadExperts):
+            own = torch.cat([getattr(part, leaf).grad for part in module.parts])
+        else:
+            own = getattr(module, leaf).grad
+        assert torch.allclose(own, weight.grad, atol=1e-6), name
+    other = make(variant, seed=1)
+    spread.load_state_dict(other.state_dict())
+    spread.save_pretrained(tmp_path)
+    loaded = MoeForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert spread.state_dict().keys() == loaded.keys() == other.state_dict().keys()
+    for name, weight in other.state_dict().items():
+        assert torch.equal(loaded[name], weight), name
+
+
+@pytest.mark.parametrize("variant", ["shared", "cross_layer", "tree"])
+def test_experts_go_to_their_devices_and_the_rest_to_the_first(variant):
+    model = make(variant)
+    model.spread_experts(["cpu", "meta"])
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+        assert weight.device.type == ("meta" if ".parts.1." in name else "cpu"), name
+    placed = {".".join(n.split(".")[:-1]) for n, _ in model.named_parameters() if ".parts." in n}
+    assert placed == set(model.hf_device_map)
+    assert {d.type for d in model.hf_device_map.values()} == {"cpu", "meta"}
+
+
+@pytest.mark.parametrize("width", [6, 7])
+def test_experts_of_any_width_are_computed(width):
+    """Widths that torch's grouped product refuses."""
+    model = make(intermediate_size=width, hidden_size=20, num_attention_heads=2)
+    loop = make(intermediate_size=width, hidden_size=20, num_attention_heads=2)
+    loop.set_experts_implementation("eager")
+    a, b = (m(IDS, labels=IDS) for m in (model, loop))
+    assert torch.equal(a.logits, b.logits)
+    a.loss.backward()
+
+
+def test_a_bfloat16_model_keeps_float32_biases(tmp_path):
+    model = make("loss_free")
+    model.model.routers()[1].balance.copy_(torch.tensor([0.1234, -0.3, 0.001, 0.0, 1.0, 0.0077]))
+    before = model.model.routers()[1].balance.clone()
+    model.save_pretrained(tmp_path)
+    read = MoeForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for half in (model.to(torch.bfloat16), read):
+        router = half.model.routers()[1]
+        assert router.weight.dtype == torch.bfloat16
+        assert torch.equal(router.balance, before)
+        half.train()(IDS, labels=IDS)
+        assert router.load.dtype == torch.float32 and router.load.sum() == 54
+        half.after_optimizer_step()
+        assert ((router.balance - before).abs() < 2e-3).all()
+        assert not torch.equal(router.balance, before)
 
 
 def test_the_published_size():

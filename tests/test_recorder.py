@@ -192,8 +192,14 @@ def test_what_would_be_too_large_is_left_out(moe, monkeypatch):
     measures = found.summary()["groups"][0]
     assert measures["tis"] is None and measures["nmi_shuffled"] is None
     assert found.top_words(0) == [[]] * 6
+    everything = found.summary()["paths"]["a"]
     monkeypatch.setattr(recorder, "PATHS", 2)
-    assert all(len(c) <= 2 for c in recorded(moe).paths)
+    found = recorded(moe)
+    assert all(len(c) == 2 for c in found.paths)
+    least = found.summary()["paths"]["a"]
+    assert everything["uncounted"] == 0.0 and everything["paths"] > 2
+    assert least["uncounted"] + least["top_4"] == pytest.approx(1, abs=1e-5)
+    assert sum(found.paths[0].values()) + found.pathless[0] == found.tokens[0] == 60
 
 
 def test_a_monets_heads_use_one_expert_each():

@@ -375,6 +375,12 @@ class TrainingConfig:
         " report draws it); 0: never",
         low=0,
     )
+    expert_devices: int = opt(
+        1,
+        "moe: GPUs that the experts of every layer are shared out over while a model is trained by"
+        " one process; the rest of it is on the first (on a CPU: parts that it holds)",
+        low=1,
+    )
     balanced: bool = opt(
         False,
         "every optimizer step holds as many rows of each domain of the partition, and an epoch is a"
@@ -1012,6 +1018,8 @@ def _check_training(config: Config) -> None:
                 raise UserError(
                     f"{key}: a {config.model.type} has no experts to watch; set it to 0"
                 )
+    if section.expert_devices > 1 and config.model.type != "moe":
+        raise UserError("training.expert_devices: only the experts of model.type moe are spread")
     if config.model.type in SHARED_TRUNK:
         _check_shared_trunk(config)
     if section.added_from and not config.data.added_domains:

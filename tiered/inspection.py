@@ -13,7 +13,7 @@ import torch
 from tiered.config import Config
 from tiered.data import ProcessedData, Rows
 from tiered.evaluation import EXPERT_SETTINGS
-from tiered.experts import evaluating, experts_of, experts_shape, mean_expert_weights, routing_of
+from tiered.experts import evaluating, experts_of, experts_shape, routing_of
 from tiered.partition import PartitionMap
 from tiered.record import device_of, training_environment
 from tiered.recorder import RoutingRecorder, frequent_words
@@ -81,7 +81,7 @@ def inspect_experts(
             recorder.read(model, domain, rows[domain].input_ids, section.batch_rows)
         found[str(k)] = {
             **recorder.summary(config.seed),
-            "skewed": skewed_sets(model, rows, section.batch_rows),
+            "skewed": skewed_sets(recorder),
             "shown": [_shown(recorder, g, rows, data) for g in range(recorder.weights.shape[1])],
             "flow": {
                 d: flow(model, r.input_ids[:1], section.flow_tokens, data) for d, r in rows.items()
@@ -91,24 +91,20 @@ def inspect_experts(
     return found
 
 
-def skewed_sets(
-    model: torch.nn.Module, rows: dict[str, Rows], batch_rows: int
-) -> dict[str, dict[str, dict[str, Any]]]:
+def skewed_sets(recorder: RoutingRecorder) -> dict[str, dict[str, dict[str, Any]]]:
     """ratio -> domain -> size of its skewed set in every group, and coverage kappa: the share of
     the domain's weight that the set holds, mean over groups."""
-    if len(rows) < 2:
+    if len(recorder.domains) < 2:
         return {}
-    scores = {}
-    for domain, found in rows.items():
-        ids = torch.from_numpy(np.ascontiguousarray(found.input_ids, dtype=np.int64))
-        scores[domain] = mean_expert_weights(model, ids.split(batch_rows))
+    means = recorder.weights / recorder.tokens[:, None, None]
+    scores = dict(zip(recorder.domains, means, strict=True))
     sets: dict[str, dict[str, dict[str, Any]]] = {}
     for ratio in SKEWS:
         for domain, own in scores.items():
             chosen = experts_of(scores, domain, ratio)
-            held = (own * chosen).flatten(1).sum(1) / own.flatten(1).sum(1)
+            held = (own * chosen).sum(1) / own.sum(1)
             entry = {
-                "experts": chosen.flatten(1).sum(1).tolist(),
+                "experts": chosen.sum(1).tolist(),
                 "coverage": round(held.mean().item(), 6),
             }
             sets.setdefault(str(ratio), {})[domain] = entry

@@ -21,7 +21,7 @@ from modeling_monet import MonetConfig, MonetForCausalLM
 from tiered.baselines.modeling_demix import DemixConfig, DemixForCausalLM
 from tiered.baselines.modeling_domain_token import DomainTokenConfig, DomainTokenForCausalLM
 from tiered.baselines.modeling_moe import MoeConfig, MoeForCausalLM
-from tiered.config import Config, plain
+from tiered.config import Config, ModelConfig, plain
 from tiered.data import ProcessedData
 from tiered.store import UserError
 
@@ -160,6 +160,11 @@ def moe_config(config: Config, data: ProcessedData) -> MoeConfig:
     if section.head_dim not in (0, section.hidden_size // section.num_attention_heads):
         raise UserError("model.head_dim: a moe's heads fill hidden_size; leave it 0")
     own = {name: getattr(section, name) for name in OWN_FIELDS["moe"]}
+    if section.tree_depth:
+        if section.norm_topk_prob:
+            raise UserError("model.norm_topk_prob: a tree's leaves are always scaled to sum to 1")
+        if section.num_experts != ModelConfig().num_experts:
+            raise UserError("model.num_experts: a tree has as many as it has edges; leave it out")
     own["intermediate_size"] = _feed_forward_width(config, section.num_experts_per_tok)
     return _model_config(config, data, MoeConfig, **own)
 

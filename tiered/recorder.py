@@ -50,6 +50,7 @@ class RoutingRecorder:
         self.tokens = torch.zeros(len(self.domains), dtype=torch.int64)
         self.word_counts = torch.zeros(words, dtype=torch.int64)
         self.paths: list[Counter[tuple[int, ...]]] = [Counter() for _ in self.domains]
+        self.pathless = [0] * len(self.domains)  # tokens on paths that found no place any more
         self.rows_of: list[int] = []  # the domain of every row in by_row
         self.weights: torch.Tensor | None = None
 
@@ -137,8 +138,6 @@ class RoutingRecorder:
         self.where[g] = both.gather(1, order[..., None].expand(-1, -1, 3))
 
     def _add_continuity(self, used: list[torch.Tensor]) -> None:
-        if len({u.shape for u in used}) > 1:
-            return
         for first in range(len(used)):
             lasting = used[first]
             for steps in range(1, len(used) - first):
@@ -152,6 +151,8 @@ class RoutingRecorder:
         for path, count in zip(paths.tolist(), counts.tolist(), strict=True):
             if len(counter) < PATHS or tuple(path) in counter:
                 counter[tuple(path)] += count
+            else:
+                self.pathless[d] += count
 
     # --- measures ---------------------------------------------------------------------------
 
@@ -169,7 +170,10 @@ class RoutingRecorder:
             "experts": self.weights.shape[-1],
             "groups": groups,
             "continuity": self.continuity(),
-            "paths": {d: path_coverage(c) for d, c in zip(self.domains, self.paths, strict=True)},
+            "paths": {
+                d: path_coverage(*own)
+                for d, *own in zip(self.domains, self.paths, self.pathless, strict=True)
+            },
         }
 
     def snapshot(self) -> dict[str, Any]:
@@ -298,15 +302,16 @@ def _by_chance(
     return [js_distance(row, everything) for row in drawn]
 
 
-def path_coverage(counter: Counter[tuple[int, ...]]) -> dict[str, Any]:
+def path_coverage(counter: Counter[tuple[int, ...]], uncounted: int = 0) -> dict[str, Any]:
     """Share of tokens on the most frequent path (a token's heaviest expert, group by group), on the
-    four most frequent ones, and how many paths there are."""
-    total, most = sum(counter.values()), counter.most_common(4)
+    four most frequent ones, and how many paths there are; uncounted: tokens on further ones."""
+    total, most = sum(counter.values()) + uncounted, counter.most_common(4)
     shares = [count / total for _, count in most]
     return {
         "top_1": _round(shares[0] if shares else None),
         "top_4": _round(sum(shares) if shares else None),
         "paths": len(counter),
+        "uncounted": _round(uncounted / total if total else None),
         "most_frequent": [[list(path), _round(count / total)] for path, count in most],
     }
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tiered import branching, shared_trunk
@@ -29,7 +30,13 @@ from tiered.joint import BalancedBlocks, micro_batch_rows
 from tiered.methods import MODELS
 from tiered.nearest import nearest_partition
 from tiered.partition import PartitionMap, make_partition_map
-from tiered.record import environment, set_up_process, training_environment, world_size
+from tiered.record import (
+    device_of,
+    environment,
+    set_up_process,
+    training_environment,
+    world_size,
+)
 from tiered.recorder import RoutingRecorder
 from tiered.shared_trunk import founding
 from tiered.store import (
@@ -67,6 +74,7 @@ def model_inputs(
         **({"excluded": excluded} if excluded else {}),
         **({"balanced": True} if config.training.balanced else {}),
         **({"routing": config.training.routing_steps} if watches_routing(config) else {}),
+        **({"devices": config.training.expert_devices} if spreads_experts(config) else {}),
         **training_facts(config, data, partitions.share(k), present),
         "seed_lm": seed_inputs(config, data),
         "partition": partitions.identity(k),
@@ -87,6 +95,25 @@ WATCHED_ROWS = 4  # validation rows per domain whose routing is noted while a mo
 def watches_routing(config: Config) -> bool:
     """Whether training notes what experts do."""
     return config.training.routing_steps > 0 and config.model.type in HAVE_EXPERTS
+
+
+def spreads_experts(config: Config) -> bool:
+    """Whether a layer's experts are shared out over devices."""
+    return config.training.expert_devices > 1
+
+
+def expert_devices(config: Config) -> list[torch.device]:
+    """The devices that experts are shared out over. UserError where there are fewer, or ranks."""
+    count, device = config.training.expert_devices, device_of(config)
+    if world_size() > 1:
+        raise UserError("training.expert_devices: one process drives them; run without torchrun")
+    if device.type == "cpu":
+        return [device] * count
+    if torch.cuda.device_count() < count:
+        raise UserError(
+            f"training.expert_devices: {count}, but torch sees {torch.cuda.device_count()} GPUs"
+        )
+    return [torch.device(device.type, i) for i in range(count)]
 
 
 def routing_observer(
@@ -232,6 +259,8 @@ def train_partition(
         if start is not None:
             branching.initialise(model, start)
         branching.add_dropout(model, config.training.dropout)
+        if spreads_experts(config):
+            model.spread_experts(expert_devices(config))
         return model
 
     def finish(model: PreTrainedModel, path: Path) -> dict[str, Any]:

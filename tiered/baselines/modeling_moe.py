@@ -11,6 +11,7 @@ level of a tree), I expert width, Z routing_stream_size, b tree_branching, L tre
 """
 
 import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -202,10 +203,20 @@ class Router(nn.Module):
         inputs = config.routing_stream_size or config.hidden_size
         self.weight = nn.Parameter(torch.empty(config.num_experts, inputs))
         if config.balance_update_rate:
-            self.register_buffer("balance", torch.zeros(config.units))
-            self.register_buffer("load", torch.zeros(config.units), persistent=False)
+            zeros = torch.zeros(config.units, dtype=torch.float32)
+            self.register_buffer("balance", zeros)
+            self.register_buffer("load", zeros.clone(), persistent=False)
         if config.expert_masks:
             self.register_buffer("keep", torch.ones(config.num_experts).bool())
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """As torch's, but b and loads stay float32: a bfloat16 loses steps of a thousandth."""
+        before = {n: b for n, b in self._buffers.items() if n in ("balance", "load")}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            after = self._buffers[name]
+            self._buffers[name] = after.float() if value.is_meta else value.to(after.device)
+        return self
 
     def forward(self, x: torch.Tensor, shared: torch.Tensor | None = None) -> Routing:
         """x (N, D), or with a routing stream (N, Z); shared (E, Z): the gate of all layers."""
@@ -338,20 +349,24 @@ class Experts(nn.Module):
         return mixed
 
 
+def make_experts(config: MoeConfig, num_experts: int, width: int) -> Experts:
+    """Experts of a width; one after another where torch's grouped product cannot take them."""
+    if width % 8 or config.hidden_size % 8:  # it wants rows of whole 16 bytes
+        config = copy.deepcopy(config)
+        config._experts_implementation = "eager"
+    return Experts(config, num_experts, width)
+
+
 class TreeExperts(nn.Module):
     """The experts of a tree's edges: those of depth l have width I / b^l."""
 
     def __init__(self, config: MoeConfig) -> None:
         super().__init__()
         b, k = config.tree_branching, config.num_experts_per_tok
-        width = config.intermediate_size
-        self.levels = nn.ModuleList()
-        for depth in config.tree_levels:
-            level, own = width // b**depth, config
-            if level % 8:  # torch's grouped product wants rows of whole 16 bytes
-                own = copy.deepcopy(config)
-                own._experts_implementation = "eager"
-            self.levels.append(Experts(own, b**depth, level))
+        self.levels = nn.ModuleList(
+            make_experts(config, b**depth, config.intermediate_size // b**depth)
+            for depth in config.tree_levels
+        )
         self.slots = [min(k, b**depth) for depth in config.tree_levels]
 
     def forward(
@@ -364,6 +379,67 @@ class TreeExperts(nn.Module):
             mixed = mixed + experts(hidden_states, own - begin, share)
             begin += experts.num_experts
         return mixed
+
+
+class SpreadExperts(nn.Module):
+    """Experts of one width on several devices, consecutive ones on each, as many as it goes evenly.
+
+    A token's states go to the devices of its experts and their outputs come back. The state dict
+    is that of `Experts`: a checkpoint does not say how they were spread.
+    """
+
+    def __init__(self, experts: Experts, devices: Sequence[torch.device]) -> None:
+        super().__init__()
+        self.num_experts = experts.num_experts
+        self.parts, self.ranges = nn.ModuleList(), expert_ranges(self.num_experts, len(devices))
+        for own, device in zip(self.ranges, devices, strict=True):
+            with torch.device("meta"):
+                part = Experts(experts.config, len(own), experts.down_proj.shape[-1])
+            for name, weight in experts.named_parameters():
+                own_weight = weight.detach()[own.start : own.stop].to(device, copy=True)
+                setattr(part, name, nn.Parameter(own_weight, weight.requires_grad))
+            self.parts.append(part)
+        self.register_state_dict_post_hook(_unite_parts)
+        self.register_load_state_dict_pre_hook(_divide_parts)
+
+    def forward(
+        self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As `Experts.forward`; a device computes nothing but what its experts were chosen for."""
+        mixed = torch.zeros_like(hidden_states)
+        for own, part in zip(self.ranges, self.parts, strict=True):
+            device = part.down_proj.device
+            mine = (index >= own.start) & (index < own.stop)
+            token, slot = mine.nonzero(as_tuple=True)
+            if not len(token):  # one of weight 0: a grouped product of nothing has no backward
+                token = slot = index.new_zeros(1)
+            local = (index[token, slot, None] - own.start).clamp(0, len(own) - 1)
+            given = (hidden_states[token], local, (weights * mine)[token, slot, None])
+            out = part(*(t.to(device) for t in given))
+            mixed = mixed.index_add(0, token, out.to(mixed))
+        return mixed
+
+
+def expert_ranges(num_experts: int, devices: int) -> list[range]:
+    """Consecutive experts of every device, the first ones one more where it does not go evenly."""
+    ends = [-(-num_experts * (i + 1) // devices) for i in range(devices)]
+    return [range(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def _unite_parts(module: SpreadExperts, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Put one tensor per weight into a state dict, on the first part's device."""
+    for name, weight in module.parts[0].named_parameters():
+        keys = [f"{prefix}parts.{i}.{name}" for i in range(len(module.parts))]
+        state[prefix + name] = torch.cat([state.pop(key).to(weight.device) for key in keys])
+
+
+def _divide_parts(module: SpreadExperts, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Of a state dict with one tensor per weight, the parts that are loaded."""
+    for name, _weight in module.parts[0].named_parameters():
+        whole = state.pop(prefix + name, None)
+        if whole is not None:
+            for i, own in enumerate(module.ranges):
+                state[f"{prefix}parts.{i}.{name}"] = whole[own.start : own.stop]
 
 
 class SwiGLU(nn.Module):
@@ -406,7 +482,7 @@ class MoeBlock(nn.Module):
             self.experts = (
                 TreeExperts(config)
                 if config.tree_depth
-                else Experts(config, config.num_experts, config.intermediate_size)
+                else make_experts(config, config.num_experts, config.intermediate_size)
             )
         self.stream = RoutingStream(config) if config.routing_stream_size else None
         self.shared_experts = None
@@ -524,6 +600,34 @@ class MoePreTrainedModel(PreTrainedModel):
             if keep is not None:
                 own = keep[layer].bool().to(router.weight.device, copy=True)
                 router.register_buffer("keep", own)
+
+    def spread_experts(self, devices: Sequence[torch.device | str]) -> None:
+        """Share out every layer's experts among devices; everything else goes to the first.
+
+        For one process that drives several GPUs: a model that does not fit one is trained so. Of
+        fewer experts than devices (near a tree's root) each gets a device of its own.
+        """
+        devices = [torch.device(device) for device in devices]
+        found = [
+            (parent, name, child)
+            for parent in self.modules()
+            if not isinstance(parent, SpreadExperts)
+            for name, child in [*parent.named_children()]
+            if isinstance(child, Experts)
+        ]
+        for parent, name, _ in found:
+            parent.register_module(name, None)
+        self.to(devices[0])
+        for parent, name, experts in found:
+            own = devices[: experts.num_experts]  # a tree has few at its root
+            parent.register_module(name, SpreadExperts(experts, own))
+        if len(set(devices)) > 1:  # what transformers' Trainer asks for before it moves a model
+            self.hf_device_map = {
+                f"{name}.parts.{i}": device
+                for name, spread in self.named_modules()
+                if isinstance(spread, SpreadExperts)
+                for i, device in enumerate(devices[: len(spread.parts)])
+            }
 
 
 @dataclass
