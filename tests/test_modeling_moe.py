@@ -224,6 +224,22 @@ def test_the_bias_moves_by_hand():
     assert "load" not in " ".join(model.state_dict())
 
 
+@pytest.mark.parametrize("variant", ["base", "cross_layer", "tree"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_frozen_router_learns_nothing_and_the_rest_does(variant, loaded, tmp_path):
+    model = make(variant, freeze_router=True)
+    if loaded:
+        model.save_pretrained(tmp_path)
+        model = MoeForCausalLM.from_pretrained(tmp_path)
+    model.train()(IDS, labels=IDS).loss.backward()
+    frozen = {n for n, p in model.named_parameters() if p.grad is None}
+    gates = {n for n, _ in model.named_parameters() if n.endswith("mlp.gate.weight")}
+    assert len(gates) == 3
+    assert frozen == gates | {n for n, _ in model.named_parameters() if "routing_gate" in n}
+    plain = make(variant).train()
+    assert all(torch.equal(w, plain.state_dict()[n]) for n, w in model.state_dict().items())
+
+
 # --- trees ------------------------------------------------------------------------------------
 
 

@@ -287,7 +287,9 @@ class ModelConfig:
     moe_decompose: str = opt("vertical", "expert decomposition", choices=("vertical", "horizontal"))
     uniformity_loss_coef: float = opt(1e-3, "weight of the uniformity loss", low=0)
     ambiguity_loss_coef: float = opt(1e-3, "weight of the ambiguity loss", low=0)
-    freeze_router: bool = opt(False, "ablation: keep the Level-2 router at its random start")
+    freeze_router: bool = opt(
+        False, "monet, moe: the routers stay at their random start (an ablation)"
+    )
     intermediate_size: int = opt(
         0,
         "all but monet: feed-forward width, of moe and mixtral one expert's; 0: 8/3 of hidden_size"

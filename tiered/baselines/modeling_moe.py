@@ -44,7 +44,8 @@ class MoeConfig(OlmoeConfig):
     arXiv:2401.06066). num_dense_layers: the first layers have one feed-forward block of
     dense_intermediate_size (0: all experts' that a token uses together). router_z_loss_coef
     (arXiv:2202.08906) and router_aux_loss_coef weigh losses, in training only.
-    balance_update_rate: loss-free balancing (arXiv:2408.15664), 0 for none.
+    balance_update_rate: loss-free balancing (arXiv:2408.15664), 0 for none. freeze_router keeps the
+    gates at their random start (an ablation).
 
     routing_stream_size: Z > 0 routes every layer by a stream of its own, with one gate for all
     layers and a small offset per layer, weighed by routing_offset_coef. expert_bank_layers:
@@ -61,6 +62,7 @@ class MoeConfig(OlmoeConfig):
     dense_intermediate_size: int = 0
     router_z_loss_coef: float | int = 0.001
     balance_update_rate: float | int = 0.0
+    freeze_router: bool = False
     routing_stream_size: int = 0
     routing_offset_coef: float | int = 0.1
     expert_bank_layers: int = 1
@@ -658,6 +660,18 @@ class MoeModel(MoePreTrainedModel):
             )
         self.gradient_checkpointing = False
         self.post_init()
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "MoeModel":
+        """As in torch; frozen gates stay frozen after from_pretrained, which makes parameters anew
+        and then calls this."""
+        if self.config.freeze_router:
+            gates = [router.weight for router in self.routers()]
+            if self.config.routing_stream_size:
+                gates.append(self.routing_gate.weight)
+            for weight in gates:
+                weight.requires_grad_(False)
+        return super().train(mode)
 
     def forward(
         self,
