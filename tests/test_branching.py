@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from tests.conftest import run_stages
 from tiered import branching
@@ -66,6 +67,25 @@ def test_a_copy_is_bit_identical_and_another_shape_is_refused(kind, tmp_path):
     assert all(torch.equal(v, model.state_dict()[n]) for n, v in seed.state_dict().items())
     with pytest.raises(UserError, match=r"has \(40, 24\) for lm_head.weight, .* makes \(44, 24\)"):
         branching.initialise(made(kind, vocab_size=44), tmp_path)
+
+
+def test_transformers_olmoe_is_a_start_for_moe(tmp_path):
+    """A folder as transformers saves it, with a tensor for every expert."""
+    sizes = {"hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 2, "vocab_size": 40}
+    sizes |= {"num_attention_heads": 2, "num_experts": 8, "num_experts_per_tok": 2}
+    sizes |= {"pad_token_id": 0, "eos_token_id": 1, "rms_norm_eps": 1e-6, "initializer_range": 0.2}
+    theirs = OlmoeForCausalLM(OlmoeConfig(**sizes)).eval()
+    theirs.save_pretrained(tmp_path)
+    model = made("moe", intermediate_size=8, num_experts=8, num_experts_per_tok=2).eval()
+    branching.initialise(model, tmp_path)
+    assert torch.allclose(model(IDS).logits, theirs(IDS).logits, atol=1e-6)
+    for own, message in (
+        ({"norm_topk_prob": True}, "norm_topk_prob False, the model section True"),
+        ({"num_shared_experts": 1}, "nothing for model.layers.0.mlp.shared_experts"),
+    ):
+        other = made("moe", intermediate_size=8, num_experts=8, num_experts_per_tok=2, **own)
+        with pytest.raises(UserError, match=message):
+            branching.initialise(other, tmp_path)
 
 
 @pytest.mark.parametrize(

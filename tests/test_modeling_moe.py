@@ -1,11 +1,20 @@
 """The OLMoE family: transformers' OLMoE, brute force, hand-made tables."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    StaticCache,
+)
 
 from tiered.baselines.modeling_moe import (
     Experts,
@@ -16,6 +25,7 @@ from tiered.baselines.modeling_moe import (
     TreeExperts,
     TreeRouter,
     balancing_loss,
+    document_bounds,
     expert_ranges,
     tree_paths,
 )
@@ -44,19 +54,24 @@ def make(variant: str = "base", seed: int = 0, **more) -> MoeForCausalLM:
     return MoeForCausalLM(MoeConfig(**{**SHAPE, **VARIANTS[variant], **more}))
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("normalised", [False, True])
-def test_without_options_it_is_transformers_olmoe(padded, normalised):
+UNUSUAL = {"num_key_value_heads": 1, "attention_bias": True, "clip_qkv": 0.3}
+UNUSUAL |= {"tie_word_embeddings": True, "initializer_range": 0.2}
+
+
+@pytest.mark.parametrize("padded", ["nowhere", "right", "left"])
+@pytest.mark.parametrize("own", [{}, {"norm_topk_prob": True}, UNUSUAL])
+def test_without_options_it_is_transformers_olmoe(padded, own):
     """Logits, auxiliary loss, loss and gradients from the same weights, to 1e-6."""
     torch.manual_seed(0)
-    theirs = OlmoeForCausalLM(OlmoeConfig(**SHAPE, norm_topk_prob=normalised)).train()
-    ours = make(norm_topk_prob=normalised, router_z_loss_coef=0.0).train()
+    theirs = OlmoeForCausalLM(OlmoeConfig(**SHAPE, **own)).train()
+    ours = make(router_z_loss_coef=0.0, **own).train()
     ours.load_state_dict(theirs.state_dict())  # the same names
-    mask = MASK if padded else None
-    labels = IDS.masked_fill(MASK == 0, -100) if padded else IDS
+    mask = {"nowhere": None, "right": MASK, "left": MASK.flip(1)}[padded]
+    labels = IDS if mask is None else IDS.masked_fill(mask == 0, -100)
     a = theirs(IDS, attention_mask=mask, labels=labels, output_router_logits=True)
     b = ours(IDS, attention_mask=mask, labels=labels, output_routing=True)
-    assert torch.allclose(a.logits, b.logits, atol=1e-6)
+    real = slice(None) if mask is None else mask.bool()
+    assert torch.allclose(a.logits[real], b.logits[real], atol=2e-6)
     assert torch.allclose(a.aux_loss, b.aux_loss, atol=1e-6)
     assert torch.allclose(a.loss, b.loss, atol=1e-6)
     for x, y in zip(a.router_logits, b.routing, strict=True):
@@ -207,12 +222,12 @@ def test_a_bias_of_zero_changes_nothing_and_any_bias_selects_without_weighing():
 def test_the_bias_moves_by_hand():
     model = make("loss_free", num_experts=4).train()
     router = model.model.routers()[0]
-    router.load.copy_(torch.tensor([5.0, 1.0, 3.0, 3.0]))  # mean 3
+    router.load = torch.tensor([5.0, 1.0, 3.0, 3.0])  # mean 3
     router.balance.copy_(torch.tensor([0.0, 0.002, 0.0, -0.001]))
     model.after_optimizer_step()
     expected = torch.tensor([-0.001, 0.003, 0.0, -0.001])
     assert torch.equal(router.balance, expected)
-    assert not router.load.any()
+    assert router.load is None
     # two micro-batches of a step are counted together, checkpointed layers once
     model.gradient_checkpointing_enable()
     for _ in range(2):
@@ -458,6 +473,58 @@ def test_a_purged_unit_is_not_brought_back_by_its_bias():
 # --- sizes and mistakes -----------------------------------------------------------------------
 
 
+def test_others_take_the_place_of_purged_experts_in_training_too():
+    """Loss-free balancing evens out those that are left; the purged keep their bias."""
+    model = make("loss_free", balance_update_rate=0.01, initializer_range=0.3).train()
+    keep = torch.ones(3, 6).bool()
+    keep[:, 3:] = False
+    model.purge_experts(keep, renormalize=True)
+    loads = []
+    for _ in range(120):
+        with torch.no_grad():
+            model(IDS)
+        loads.append([r.load for r in model.model.routers()])
+        model.after_optimizer_step()
+    assert all(not load[3:].any() for moment in loads for load in moment)
+    last = torch.stack([torch.stack(moment) for moment in loads[-20:]])[..., :3].mean(0)
+    assert last.amax() <= 24 and last.amin() >= 12  # 18 on average, of 27 tokens' 54 choices
+    for router in model.model.routers():
+        assert router.balance[:3].any() and not router.balance[3:].any()
+
+
+def test_weights_of_improbable_units_sum_to_1():
+    """Loss-free balancing may choose what float32 holds no probability of."""
+    for variant in ("tree", "loss_free"):
+        own = {"balance_update_rate": 1e-3, "norm_topk_prob": True}
+        router = make(variant, **own).model.routers()[0]
+        router.balance[2:4] = 5.0
+        logits = torch.tensor([[0.0, 0.0, -400.0, -401.0, 0.0, 0.0]])
+        if variant == "tree":  # leaves 2 and 3 lie beneath edge 1
+            logits = torch.tensor([[0.0, -400.0, 0.0, 0.0, 0.0, -1.0]])
+        with torch.no_grad():
+            router.weight.zero_()[:, 0] = logits[0]
+        routing = router(torch.eye(16)[:1])
+        assert routing.chosen.tolist() == [[2, 3]]
+        share = 1 / (1 + math.exp(-1))
+        expected = [share, 1 - share] if variant == "loss_free" else [1.0, 0.0, share, 1 - share]
+        assert routing.weights[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_empty_purge_changes_no_choice():
+    """A kept unit whose probability float32 cannot hold is kept all the same."""
+    model = make("loss_free")
+    router = model.model.routers()[0]
+    router.balance[3] = 5.0
+    with torch.no_grad():
+        router.weight.zero_()[3, 0] = -400.0
+    before = router(torch.eye(16)[:1])
+    model.purge_experts(torch.ones(3, 6).bool(), renormalize=True)
+    after = router(torch.eye(16)[:1])
+    assert before.chosen[0, 0] == 3
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a, b)
+
+
 # --- experts spread over devices -----------------------------------------------------------------
 
 
@@ -544,18 +611,146 @@ def test_the_published_size():
     assert sum(p.numel() for p in model.parameters()) == counts["total"] == 6_919_161_856
     assert counts["active"] == 1_282_017_280
     # by hand: 16 layers of 4 D^2 + 8 experts of 3 D I + router, and the head; causal attention
-    products = 16 * (4 * 2048**2 + 8 * 3 * 2048 * 1024 + 64 * 2048 + 4 * 2048) + 50304 * 2048 + 2048
+    products = 16 * (4 * 2048**2 + 8 * 3 * 2048 * 1024 + 64 * 2048) + 50304 * 2048
     assert config.flops_per_token(4096) == 2 * products + 16 * 2 * 2048 * 4097
+
+
+COMBINED = [
+    dict(
+        zip(("routing_stream_size", "num_dense_layers", "expert_bank_layers"), values, strict=True)
+    )
+    | {"num_shared_experts": shared, "num_hidden_layers": 4, **tree, **attention}
+    for values in itertools.product((0, 4), (0, 1), (1, 2, 3))
+    for shared in (0, 2)
+    for tree in ({}, {"tree_depth": 2, "tree_branching": 2, "num_experts_per_tok": 3})
+    for attention in ({}, {k: v for k, v in UNUSUAL.items() if k != "clip_qkv"})
+]
+
+
+def test_counts_of_all_options_together():
+    """96 combinations: the total is that of the model; a token never has more than there is."""
+    for options in COMBINED:
+        config = MoeConfig(**{**SHAPE, **options})
+        with torch.device("meta"):
+            model = MoeForCausalLM(config)
+        counts = config.parameter_counts()
+        assert counts["total"] == sum(p.numel() for p in model.parameters()), options
+        assert counts["active"] <= counts["total"], options
+        assert counts["active"] >= counts["total"] - counts["experts"], options
+    three_of_bank = MoeConfig(**{**SHAPE, "expert_bank_layers": 3})
+    counts = three_of_bank.parameter_counts()
+    assert counts["active"] == counts["total"]  # three layers' two choices may be all six
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_operations_are_those_that_torch_counts(variant):
+    model = make(variant)
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
+    config = model.config
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(IDS[:1])
+    tokens, d, layers = IDS.shape[1], config.hidden_size, config.num_hidden_layers
+    # torch counts scores that the mask hides too
+    hidden = layers * 2 * d * (tokens - 1)
+    assert counter.get_total_flops() == tokens * (config.flops_per_token(tokens) + hidden)
+
+
+def test_packed_documents_do_not_see_one_another():
+    """As each document alone; flash attention, which takes no mask, is told their bounds."""
+    model = make(initializer_range=0.3).eval()
+    row = torch.cat([IDS[0], IDS[1, :5]])[None]
+    positions = torch.cat([torch.arange(9), torch.arange(5)])[None]
+    packed = model(row, position_ids=positions, use_cache=False).logits
+    alone = torch.cat([model(IDS[:1]).logits, model(IDS[1:2, :5]).logits], 1)
+    assert torch.allclose(packed, alone, atol=1e-5)
+    assert not torch.allclose(packed, model(row).logits, atol=1e-2)
+    bounds = document_bounds(torch.cat([positions, torch.arange(14)[None]]))
+    assert bounds["cu_seq_lens_q"].tolist() == bounds["cu_seq_lens_k"].tolist() == [0, 9, 14, 28]
+    assert bounds["max_length_q"] == bounds["max_length_k"] == 14
+    assert document_bounds(torch.arange(14)[None]) == {}
+    seen = []
+
+    def kernel(module, query, key, value, mask, **kwargs):
+        seen.append((mask, kwargs.get("cu_seq_lens_q")))
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("recorded_flash", kernel)
+    AttentionMaskInterface.register("recorded_flash", lambda *_, **__: None)
+    model.config._attn_implementation_internal = "recorded_flash"
+    model(row, position_ids=positions, use_cache=False)
+    assert [(m, b.tolist()) for m, b in seen] == [(None, [0, 9, 14])] * 3
+    seen.clear()
+    model(row, use_cache=False)
+    assert seen == [(None, None)] * 3
+
+
+@pytest.mark.parametrize("variant", ["base", "cross_layer", "tree", "loss_free"])
+def test_checkpointing_changes_no_gradient_and_no_load(variant):
+    """torch's reentrant kind, too, which follows flat tuples of tensors only."""
+    found = []
+    for reentrant in (None, False, True):
+        model = make(variant, router_aux_loss_coef=0.5, router_z_loss_coef=0.5).train()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(IDS, labels=IDS, attention_mask=MASK).loss.backward()
+        loads = [r.load for r in model.model.routers()]
+        found.append(([p.grad for p in model.parameters()], loads))
+    for gradients, loads in found[1:]:
+        for a, b in zip(found[0][0], gradients, strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+        for a, b in zip(found[0][1], loads, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_static_cache_gives_the_same(attention, padded):
+    model = make(initializer_range=0.3).eval()
+    model.set_attn_implementation(attention)
+    mask = MASK.flip(1) if padded else None
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    a = model(IDS, attention_mask=mask, past_key_values=cache).logits
+    b = model(IDS, attention_mask=mask, use_cache=False).logits
+    real = slice(None) if mask is None else mask.bool()
+    assert torch.allclose(a[real], b[real], atol=1e-5)
+
+
+def test_a_batch_of_padding_alone_adds_nothing():
+    model = make("loss_free", router_aux_loss_coef=0.1).train()
+    nothing = torch.zeros_like(IDS)
+    out = model(IDS, attention_mask=nothing, labels=nothing - 100, num_items_in_batch=50)
+    assert out.loss == 0 and out.z_loss == 0 and out.aux_loss == 0
+    out.loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    assert all(not r.load.any() for r in model.model.routers())
+    with pytest.raises(ValueError, match=r"attention_mask: expected \(B, T\)"):
+        model(IDS, attention_mask=torch.ones(3, 1, 9, 9).bool())
+
+
+def test_a_longer_vocabulary_reaches_the_routing_stream():
+    model = make("cross_layer").eval()
+    before = model(IDS).logits
+    model.resize_token_embeddings(60)
+    after = model(torch.cat([IDS, torch.full((3, 1), 55)], 1)).logits
+    assert torch.allclose(after[:, :9, :50], before, atol=1e-6) and after.isfinite().all()
+    counts = model.config.parameter_counts()
+    assert counts["total"] == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(
     ("values", "text"),
     [
+        ({"tree_branching": 0, "tree_depth": 2}, "tree_branching: 0 must be 2 or more"),
+        ({"tree_depth": -1}, "tree_depth: -1 must be 0 or more"),
+        ({"num_attention_heads": 0}, "num_attention_heads: 0 must be 1 or more"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: 3 must be a divisor"),
+        ({"intermediate_size": -8}, "intermediate_size: -8 must be 1 or more"),
         ({"num_experts_per_tok": 7}, "num_experts_per_tok: 7 must be between 1 and 6, the experts"),
         ({"tree_depth": 2, "num_experts_per_tok": 5}, "between 1 and 4, the leaves"),
         ({"tree_depth": 4}, "intermediate_size: 8 must be a multiple of 16"),
         ({"num_dense_layers": 3}, "num_dense_layers: 3 must be between 0 and 2"),
-        ({"hidden_size": 15}, "hidden_size: 15 must be a multiple of the 2 heads"),
+        ({"hidden_size": 15}, "hidden_size: 15 must be 2 heads of even width"),
         ({"tree_branching": 1}, "tree_branching: 1 must be 2 or more"),
         ({"expert_bank_layers": 0}, "expert_bank_layers: 0 must be 1 or more"),
         ({"balance_update_rate": -1.0}, "balance_update_rate: -1.0 must be 0 or more"),

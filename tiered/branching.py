@@ -30,8 +30,11 @@ from tiered.store import UserError, digest, read_json, tree_hashes
 FUNCTION = (  # fields that no shape of a weight shows
     *("num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters", "hidden_act"),
     *("rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias"),
+    *("clip_qkv", "norm_topk_prob", "routing_stream_size", "tree_depth"),
     *("num_experts_per_tok", "moe_heads", "moe_topk", "moe_decompose", "moe_groups"),
 )
+UPCYCLED = ("llama", "mixtral")  # model types: a seed and what starts from it
+SAME_WEIGHTS = ("olmoe", "tiered_moe")
 SEED = "seed"  # the value of model.init_from that stands for this experiment's own seed LM
 
 
@@ -180,7 +183,7 @@ def initialise(model: PreTrainedModel, folder: Path) -> None:
         raise UserError(f"model.init_from: {folder} is no model that loads ({text})") from None
     check_function(seed.config, model.config, folder)
     state = seed.state_dict()
-    if seed.config.model_type != model.config.model_type:
+    if (seed.config.model_type, model.config.model_type) == UPCYCLED:
         state = upcycled(state, model)
     expected = {name: tuple(v.shape) for name, v in model.state_dict().items()}
     for name in sorted(expected.keys() | state.keys()):
@@ -195,9 +198,10 @@ def initialise(model: PreTrainedModel, folder: Path) -> None:
 
 def check_function(seed: PreTrainedConfig, own: PreTrainedConfig, folder: Path) -> None:
     """Raise UserError where equal weights would not make an equal function: another family (except
-    the dense seed of a mixture of experts), heads, rotary base, norms, experts per token."""
+    the dense seed of a mixture of experts, and transformers' OLMoE), heads, rotary base, norms,
+    experts per token."""
     kinds = (seed.model_type, own.model_type)
-    if kinds[0] != kinds[1] and kinds != ("llama", "mixtral"):
+    if kinds[0] != kinds[1] and kinds not in (UPCYCLED, SAME_WEIGHTS):
         raise UserError(f"model.init_from: {folder} is a {kinds[0]}, model.type a {kinds[1]}")
     for name in FUNCTION:
         if hasattr(seed, name) and hasattr(own, name):

@@ -72,7 +72,7 @@ class MoeConfig(OlmoeConfig):
     renormalize_masked: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.tree_depth:
+        if self.tree_depth > 0 and self.tree_branching > 1:  # else the check says so
             self.num_experts = sum(self.tree_branching**d for d in self.tree_levels)
         super().__post_init__(**kwargs)
         self._check()
@@ -101,6 +101,11 @@ class MoeConfig(OlmoeConfig):
         return [width // b**depth for depth in self.tree_levels for _ in range(min(k, b**depth))]
 
     @property
+    def _banks(self) -> range:
+        """Layers that hold experts, those without any not counted."""
+        return range(0, self.num_moe_layers, self.expert_bank_layers)
+
+    @property
     def dense_width(self) -> int:
         """Width of the leading layers' feed-forward block."""
         used = sum(self.slot_widths) + self.num_shared_experts * self.intermediate_size
@@ -109,15 +114,17 @@ class MoeConfig(OlmoeConfig):
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part. `active` (published for OLMoE-1B-7B: 1.3 of 6.9 billion) leaves out
         the experts that a token does not use; computed_per_token also the input embedding, of
-        which it reads one row."""
+        which it reads one row, and has those of a bank as often as layers use them."""
         d, layers, moe = self.hidden_size, self.num_hidden_layers, self.num_moe_layers
         kv_width = d // self.num_attention_heads * self.num_key_value_heads
         bias = 2 * d + 2 * kv_width if self.attention_bias else 0
         attention = layers * (2 * d * d + 2 * d * kv_width + d + kv_width + bias)
         levels = max(1, self.tree_depth)  # all experts of a depth have width I together
         bank = (1 if self.tree_depth else self.num_experts) * self.intermediate_size * levels
-        experts = -(-moe // self.expert_bank_layers) * 3 * d * bank
+        experts = len(self._banks) * 3 * d * bank
         used = moe * 3 * d * sum(self.slot_widths)
+        banks = [min(self.expert_bank_layers, moe - i) for i in self._banks]
+        active = sum(3 * d * min(bank, n * sum(self.slot_widths)) for n in banks)
         shared = moe * 3 * d * self.num_shared_experts * self.intermediate_size
         dense = self.num_dense_layers * 3 * d * self.dense_width
         z, inputs = self.routing_stream_size, self.routing_stream_size or d
@@ -132,7 +139,7 @@ class MoeConfig(OlmoeConfig):
         read = streamed + (0 if self.tie_word_embeddings else table)
         return {
             "total": total,
-            "active": embedding + rest + used,
+            "active": embedding + rest + active,
             "embedding": embedding,
             "non_embedding": total - embedding,
             "attention": attention,
@@ -144,39 +151,53 @@ class MoeConfig(OlmoeConfig):
     def flops_per_token(self, length: int) -> int:
         """Floating-point operations (2 per multiply-add) of one token's forward pass in a sequence
         of `length` tokens: matrix products and causal attention."""
-        attention = 2 * self.hidden_size * (length + 1)  # over (length + 1) / 2 keys on average
-        counts = self.parameter_counts()
-        return 2 * counts["computed_per_token"] + self.num_hidden_layers * attention
+        d, layers, z = self.hidden_size, self.num_hidden_layers, self.routing_stream_size
+        attention = 2 * d * (length + 1)  # over (length + 1) / 2 keys on average
+        kv_width = d // self.num_attention_heads * self.num_key_value_heads
+        # norms, biases; and the gate of all layers, of which every layer counts its own sum
+        vectors = (2 * layers + 1) * d + layers * (d + kv_width) + self.num_moe_layers * z
+        vectors += layers * (2 * d + 2 * kv_width) if self.attention_bias else 0
+        products = self.parameter_counts()["computed_per_token"] - vectors - self.num_experts * z
+        return 2 * products + layers * attention
 
     def _check(self) -> None:
-        """Raise ValueError naming key, value and what is allowed."""
-        heads, leaf = self.num_attention_heads, self.tree_branching**self.tree_depth
-        rules = {
-            "hidden_size": (self.hidden_size % heads == 0, f"a multiple of the {heads} heads"),
-            "num_experts_per_tok": (
-                0 < self.num_experts_per_tok <= self.units,
-                f"between 1 and {self.units}, the {'leaves' if self.tree_depth else 'experts'}",
-            ),
-            "num_dense_layers": (
-                0 <= self.num_dense_layers < self.num_hidden_layers,
-                f"between 0 and {self.num_hidden_layers - 1}: one layer needs experts",
-            ),
-            "tree_branching": (self.tree_branching >= 2, "2 or more"),
-            "intermediate_size": (
-                self.intermediate_size % leaf == 0,
-                f"a multiple of {leaf}, the tree's leaves: a leaf's expert has that share of it",
-            ),
-            "expert_bank_layers": (self.expert_bank_layers >= 1, "1 or more"),
-        }
+        """Raise ValueError naming key, value and what is allowed; ranges before what divides."""
+        least = dict.fromkeys(("num_attention_heads", "num_hidden_layers", "intermediate_size"), 1)
+        least |= dict.fromkeys(("num_experts", "num_experts_per_tok", "expert_bank_layers"), 1)
+        least |= {"num_key_value_heads": 1, "tree_branching": 2}
         for key in ("num_shared_experts", "dense_intermediate_size", "routing_stream_size"):
-            rules[key] = (getattr(self, key) >= 0, "0 or more")
+            least[key] = 0
         for key in ("balance_update_rate", "router_z_loss_coef", "router_aux_loss_coef"):
-            rules[key] = (getattr(self, key) >= 0, "0 or more")
-        for key in ("tree_depth", "routing_offset_coef"):
-            rules[key] = (getattr(self, key) >= 0, "0 or more")
-        for key, (holds, allowed) in rules.items():
-            if not holds:
-                raise ValueError(f"{key}: {getattr(self, key)!r} must be {allowed}")
+            least[key] = 0
+        for key in ("tree_depth", "routing_offset_coef", "num_dense_layers"):
+            least[key] = 0
+        for key, low in least.items():
+            self._require(key, getattr(self, key) >= low, f"{low} or more")
+        heads, leaf = self.num_attention_heads, self.tree_branching**self.tree_depth
+        self._require(
+            "hidden_size", self.hidden_size % (2 * heads) == 0, f"{heads} heads of even width"
+        )
+        self._require("num_key_value_heads", heads % self.num_key_value_heads == 0, "a divisor")
+        kind = "leaves" if self.tree_depth else "experts"
+        within = self.num_experts_per_tok <= self.units
+        self._require("num_experts_per_tok", within, f"between 1 and {self.units}, the {kind}")
+        self._require(
+            "num_dense_layers",
+            self.num_dense_layers < self.num_hidden_layers,
+            f"between 0 and {self.num_hidden_layers - 1}: one layer needs experts",
+        )
+        self._require(
+            "intermediate_size",
+            self.intermediate_size % leaf == 0,
+            f"a multiple of {leaf}, the tree's leaves: a leaf's expert has that share of it",
+        )
+
+    def _require(self, key: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ValueError(f"{key}: {getattr(self, key)!r} must be {allowed}")
+
+
+PURGED = -1e30  # a score: no probability is left of it, and no infinity comes up
 
 
 class Routing(NamedTuple):
@@ -205,19 +226,18 @@ class Router(nn.Module):
         inputs = config.routing_stream_size or config.hidden_size
         self.weight = nn.Parameter(torch.empty(config.num_experts, inputs))
         if config.balance_update_rate:
-            zeros = torch.zeros(config.units, dtype=torch.float32)
-            self.register_buffer("balance", zeros)
-            self.register_buffer("load", zeros.clone(), persistent=False)
+            self.register_buffer("balance", torch.zeros(config.units, dtype=torch.float32))
+        self.load: torch.Tensor | None = None  # no buffer: DDP would hand one rank's to all
         if config.expert_masks:
             self.register_buffer("keep", torch.ones(config.num_experts).bool())
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        """As torch's, but b and loads stay float32: a bfloat16 loses steps of a thousandth."""
-        before = {n: b for n, b in self._buffers.items() if n in ("balance", "load")}
+        """As torch's, but b stays float32: a bfloat16 loses steps of a thousandth."""
+        before = self._buffers.get("balance")
         super()._apply(fn, recurse)
-        for name, value in before.items():
-            after = self._buffers[name]
-            self._buffers[name] = after.float() if value.is_meta else value.to(after.device)
+        if before is not None:
+            after = self._buffers["balance"]
+            self._buffers["balance"] = after.float() if before.is_meta else before.to(after.device)
         return self
 
     def forward(self, x: torch.Tensor, shared: torch.Tensor | None = None) -> Routing:
@@ -226,33 +246,63 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             weight = self.weight if shared is None else self.weight + shared
             logits = F.linear(x.float(), weight.float())
-        probs = self.unit_probs(logits)
+        scores, living = self.unit_scores(logits), self.living
+        if living is not None:
+            scores = scores.masked_fill(~living, PURGED)
+        probs = scores.softmax(-1)
         with torch.no_grad():
-            scores = probs
-            if self.config.balance_update_rate:  # b selects and does not weigh
-                scores = probs + self.balance
-                if self.reroutes:  # a purged unit's probability is 0, its b is not
-                    scores = scores.masked_fill(probs == 0, -1.0 + self.balance.amin())
-            chosen = scores.topk(self.config.num_experts_per_tok, -1).indices
-        weights = probs.gather(-1, chosen)
-        if self.config.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+            order = probs + self.balance if self.config.balance_update_rate else probs
+            if living is not None:
+                order = order.masked_fill(~living, -torch.inf)
+            chosen = order.topk(self.config.num_experts_per_tok, -1).indices
+        if self.normalises:  # of their scores: tiny probabilities would lose their ratio
+            weights = scores.gather(-1, chosen).softmax(-1)
+        else:
+            weights = probs.gather(-1, chosen)
+        if living is not None:  # fewer may be left than a token chooses
+            probs, weights = probs * living, weights * living[chosen]
         index, weights = self.experts_of(chosen, weights)
-        if self.config.expert_masks and not self.reroutes:
+        if self.config.expert_masks and not self.config.renormalize_masked:
             weights = weights * self.keep[index]
         return Routing(logits, probs, chosen, index, weights.to(x.dtype))
 
     @property
-    def reroutes(self) -> bool:
-        """Whether other experts take the place of purged ones."""
-        return self.config.expert_masks and self.config.renormalize_masked
+    def normalises(self) -> bool:
+        """Whether the weights of chosen units sum to 1."""
+        return self.config.norm_topk_prob
 
-    def unit_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """Probabilities (N, U) float32 of the units; of those that are left where others are
-        replaced."""
-        if not self.reroutes:
-            return logits.softmax(-1)
-        return logits.masked_fill(~self.keep, -torch.inf).softmax(-1).nan_to_num(0.0)
+    @property
+    def living(self) -> torch.Tensor | None:
+        """Units (U,) that are left, bool, where others are chosen in place of purged experts."""
+        if not (self.config.expert_masks and self.config.renormalize_masked):
+            return None
+        return self.kept_units()
+
+    def kept_units(self) -> torch.Tensor:
+        """Units (U,), bool, no expert of which is purged."""
+        return self.keep
+
+    def unit_scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scores (N, U) float32 whose softmax are the units' probabilities."""
+        return logits
+
+    @torch.no_grad()
+    def count(self, chosen: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Add a batch's choices (N, k) to the loads since the last step; valid (N,) or None."""
+        counts = unit_counts(chosen, self.config.units, valid)
+        self.load = counts if self.load is None else self.load + counts
+
+    @torch.no_grad()
+    def update_balance(self) -> None:
+        """b_u += rate sign(mean load - load_u) (arXiv:2408.15664, algorithm 1), the mean over units
+        that can be chosen: purged ones keep their b. The loads begin anew."""
+        load = torch.zeros_like(self.balance) if self.load is None else self.load
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(load)
+        living = torch.ones_like(load).bool() if self.living is None else self.living
+        sign = (load[living].mean() - load).sign() * living
+        self.balance += self.config.balance_update_rate * sign
+        self.load = None
 
     def experts_of(
         self, chosen: torch.Tensor, weights: torch.Tensor
@@ -293,22 +343,27 @@ class TreeRouter(Router):
         self.register_buffer("paths", paths, persistent=False)
         self.sizes = [config.tree_branching**d for d in config.tree_levels]
 
-    def unit_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """Probabilities (N, b^L) float32 of the leaves."""
+    @property
+    def normalises(self) -> bool:
+        """Always, in a tree."""
+        return True
+
+    def kept_units(self) -> torch.Tensor:
+        """Leaves (b^L,), bool, with no purged edge on their path."""
+        return self.keep[self.paths].all(-1)
+
+    def unit_scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities (N, b^L) float32 of the leaves."""
         b, path = self.config.tree_branching, None
         for level in logits.split(self.sizes, -1):
             branch = level.unflatten(-1, (-1, b)).log_softmax(-1).flatten(-2)
             path = branch if path is None else path.repeat_interleave(b, -1) + branch
-        if not self.reroutes:
-            return path.exp()
-        kept = self.keep[self.paths].all(-1)
-        return path.masked_fill(~kept, -torch.inf).softmax(-1).nan_to_num(0.0)
+        return path
 
     def experts_of(
         self, chosen: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Edges (N, S), S = sum_l min(k, b^l), and their weights; an edge stands once per token."""
-        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
         index, parts, begin = [], [], 0
         for level, size in enumerate(self.sizes, 1):
             edge = chosen // self.config.tree_branching ** (self.config.tree_depth - level)
@@ -534,14 +589,15 @@ class MoeDecoderLayer(GradientCheckpointingLayer):
         bank: nn.Module | None,
         shared_gate: torch.Tensor | None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Routing | None]:
-        """New states (B, T, D), the routing stream, and the routing (None in a dense layer)."""
+    ) -> tuple[torch.Tensor | None, ...]:
+        """New states (B, T, D), the routing stream, and the routing's tensors (none of a dense
+        layer), all in one tuple: reentrant checkpointing sees no deeper."""
         x = x + self.self_attn(hidden_states=self.input_layernorm(x), **kwargs)[0]
         u = self.post_attention_layernorm(x)
         if isinstance(self.mlp, SwiGLU):
-            return x + self.mlp(u), r, None
+            return x + self.mlp(u), r
         out, r, routing = self.mlp(u, bank, r, shared_gate)
-        return x + out, r, routing
+        return x + out, r, *routing
 
 
 class MoePreTrainedModel(PreTrainedModel):
@@ -572,64 +628,13 @@ class MoePreTrainedModel(PreTrainedModel):
                 init.zeros_(module.weight)
             else:
                 init.normal_(module.weight, mean=0.0, std=std)
-            for name in ("balance", "load"):
-                if hasattr(module, name):
-                    init.zeros_(getattr(module, name))
+            if hasattr(module, "balance"):
+                init.zeros_(module.balance)
             if hasattr(module, "keep"):
                 init.ones_(module.keep)
             if isinstance(module, TreeRouter):
                 paths = tree_paths(self.config.tree_branching, self.config.tree_depth)
                 init.copy_(module.paths, paths.to(module.paths.device))
-
-    def purge_experts(self, keep: torch.Tensor | None, renormalize: bool = False) -> None:
-        """Leave out every expert e whose keep[layer, e] is False (layers: those with experts).
-
-        keep (layers, E) bool, saved with the checkpoint; None brings all experts back. Tokens that
-        chose a purged expert go without it, or choose among the others (renormalize). Its weights
-        stay in the checkpoint.
-        """
-        routers = [m for m in self.modules() if isinstance(m, Router)]
-        shared, config = self.config, copy.deepcopy(self.config)
-        expected = (len(routers), config.num_experts)
-        if keep is not None and tuple(keep.shape) != expected:
-            raise ValueError(f"keep: expected shape {expected}, found {tuple(keep.shape)}")
-        config.expert_masks, config.renormalize_masked = keep is not None, renormalize
-        for module in self.modules():  # another model may hold the config it was made from
-            if getattr(module, "config", None) is shared:
-                module.config = config
-        for layer, router in enumerate(routers):
-            router._buffers.pop("keep", None)
-            if keep is not None:
-                own = keep[layer].bool().to(router.weight.device, copy=True)
-                router.register_buffer("keep", own)
-
-    def spread_experts(self, devices: Sequence[torch.device | str]) -> None:
-        """Share out every layer's experts among devices; everything else goes to the first.
-
-        For one process that drives several GPUs: a model that does not fit one is trained so. Of
-        fewer experts than devices (near a tree's root) each gets a device of its own.
-        """
-        devices = [torch.device(device) for device in devices]
-        found = [
-            (parent, name, child)
-            for parent in self.modules()
-            if not isinstance(parent, SpreadExperts)
-            for name, child in [*parent.named_children()]
-            if isinstance(child, Experts)
-        ]
-        for parent, name, _ in found:
-            parent.register_module(name, None)
-        self.to(devices[0])
-        for parent, name, experts in found:
-            own = devices[: experts.num_experts]  # a tree has few at its root
-            parent.register_module(name, SpreadExperts(experts, own))
-        if len(set(devices)) > 1:  # what transformers' Trainer asks for before it moves a model
-            self.hf_device_map = {
-                f"{name}.parts.{i}": device
-                for name, spread in self.named_modules()
-                if isinstance(spread, SpreadExperts)
-                for i, device in enumerate(devices[: len(spread.parts)])
-            }
 
 
 @dataclass
@@ -695,13 +700,18 @@ class MoeModel(MoePreTrainedModel):
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
+        cache = past_key_values
+        if isinstance(cache, DynamicCache) and not seen:
+            cache = None  # transformers looks for packed documents only where there is no cache
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
             attention_mask=attention_mask,
-            past_key_values=past_key_values if seen else None,  # packed documents need none
+            past_key_values=cache,
             position_ids=position_ids,
         )
+        if "flash" in (self.config._attn_implementation or "") and attention_mask is cache is None:
+            kwargs |= document_bounds(position_ids.expand(x.shape[:2]))  # it takes no mask
         streamed = self.config.routing_stream_size
         r = self.embed_routing(input_ids) if streamed else None
         gate = self.routing_gate.weight if streamed else None
@@ -710,13 +720,16 @@ class MoeModel(MoePreTrainedModel):
         states, routings, bank = [x], [], None
         for layer in self.layers:
             bank = getattr(layer.mlp, "experts", None) or bank
-            x, r, routing = layer(x, r, bank, gate, **given)
+            x, r, *routing = layer(x, r, bank, gate, **given)
             states.append(x)
-            if routing is not None:
-                routings.append(routing)
+            if routing:
+                routings.append(Routing(*routing))
         x = self.norm(x)
         if self.training and self.config.balance_update_rate:
-            self._count(routings, valid_tokens(attention_mask, x))
+            # here: checkpointing runs a layer twice
+            valid = valid_tokens(attention_mask, x)
+            for router, routing in zip(self.routers(), routings, strict=True):
+                router.count(routing.chosen, valid)
         return MoeModelOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
@@ -724,21 +737,33 @@ class MoeModel(MoePreTrainedModel):
             routing=tuple(routings),
         )
 
-    @torch.no_grad()
-    def _count(self, routings: list[Routing], valid: torch.Tensor | None) -> None:
-        """Add a batch to every router's load; here, because checkpointing runs layers twice."""
-        for router, routing in zip(self.routers(), routings, strict=True):
-            router.load += unit_counts(routing.chosen, self.config.units, valid)
-
     def routers(self) -> list[Router]:
         """The routers, layer by layer."""
         return [m for m in self.modules() if isinstance(m, Router)]
 
 
+def document_bounds(position_ids: torch.Tensor) -> dict[str, Any]:
+    """Flash attention's arguments for documents packed in rows; none where no row is packed.
+
+    position_ids (B, T). A document starts where a row starts and where positions do not rise by 1.
+    """
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff(dim=-1) != 1
+    if not starts[:, 1:].any():
+        return {}
+    bounds = F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=starts.numel()).int()
+    longest = int(bounds.diff().max())
+    bounded = {f"cu_seq_lens_{side}": bounds for side in "qk"}
+    return bounded | {f"max_length_{side}": longest for side in "qk"}
+
+
 def valid_tokens(attention_mask: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
     """(N,) bool of tokens that are not padding, of states x (B, T, D); None if there is none."""
-    if attention_mask is None or attention_mask.dim() != 2:
+    if attention_mask is None:
         return None
+    if attention_mask.dim() != 2:
+        shape = tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask: expected (B, T) to tell padding, found {shape}")
     valid = attention_mask[:, -x.shape[1] :].bool()
     return None if valid.all() else valid.flatten()
 
@@ -756,7 +781,8 @@ def balancing_loss(routings: tuple[Routing, ...], valid: torch.Tensor | None) ->
     units = routings[0].probs.shape[-1]
     counts = sum(unit_counts(r.chosen, units, valid) for r in routings)
     probs = sum((r.probs if valid is None else r.probs[valid]).sum(0) for r in routings)
-    rows = len(routings) * (len(routings[0].probs) if valid is None else valid.sum())
+    tokens = len(routings[0].probs) if valid is None else valid.sum().clamp(min=1)
+    rows = len(routings) * tokens
     return units * ((counts / rows) * (probs / rows)).sum()
 
 
@@ -785,6 +811,16 @@ class MoeForCausalLM(MoePreTrainedModel, GenerationMixin):
         self.model = MoeModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Embedding:
+        """As transformers', the routing stream's embedding included."""
+        table = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if self.config.routing_stream_size:
+            stream = self._get_resized_embeddings(self.model.embed_routing, table.num_embeddings)
+            self.model.embed_routing = stream
+        return table
 
     @can_return_tuple
     def forward(
@@ -840,13 +876,65 @@ class MoeForCausalLM(MoePreTrainedModel, GenerationMixin):
             **losses,
         )
 
+    def purge_experts(self, keep: torch.Tensor | None, renormalize: bool = False) -> None:
+        """Leave out every expert e whose keep[layer, e] is False (layers: those with experts).
+
+        keep (layers, E) bool, saved with the checkpoint; None brings all experts back. Tokens that
+        chose a purged expert go without it, or choose among the others (renormalize). Its weights
+        stay in the checkpoint.
+        """
+        routers = [m for m in self.modules() if isinstance(m, Router)]
+        shared, config = self.config, copy.deepcopy(self.config)
+        expected = (len(routers), config.num_experts)
+        if keep is not None and tuple(keep.shape) != expected:
+            raise ValueError(f"keep: expected shape {expected}, found {tuple(keep.shape)}")
+        config.expert_masks, config.renormalize_masked = keep is not None, renormalize
+        for module in self.modules():  # another model may hold the config it was made from
+            if getattr(module, "config", None) is shared:
+                module.config = config
+        for layer, router in enumerate(routers):
+            router._buffers.pop("keep", None)
+            if keep is not None:
+                own = keep[layer].bool().to(router.weight.device, copy=True)
+                router.register_buffer("keep", own)
+
+    def spread_experts(self, devices: Sequence[torch.device | str]) -> None:
+        """Share out every layer's experts among devices; everything else goes to the first.
+
+        For one process that drives several GPUs: a model that does not fit one is trained so. Of
+        fewer experts than devices (near a tree's root) each gets a device of its own.
+        """
+        devices = [torch.device(device) for device in devices]
+        found = [
+            (parent, name, child)
+            for parent in self.modules()
+            if not isinstance(parent, SpreadExperts)
+            for name, child in [*parent.named_children()]
+            if isinstance(child, Experts)
+        ]
+        for parent, name, _ in found:
+            parent.register_module(name, None)
+        self.to(devices[0])
+        for parent, name, experts in found:
+            own = devices[: experts.num_experts]  # a tree has few at its root
+            parent.register_module(name, SpreadExperts(experts, own))
+        if len(set(devices)) > 1:  # what transformers' Trainer asks for before it moves a model
+            self.hf_device_map = {
+                f"{name}.parts.{i}": device
+                for name, spread in self.named_modules()
+                if isinstance(spread, SpreadExperts)
+                for i, device in enumerate(devices[: len(spread.parts)])
+            }
+
     def router_losses(
         self, routings: tuple[Routing, ...], valid: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         """aux_loss, z_loss and offset_loss, unweighted."""
         routers = self.model.routers()
         squares = [m.squared_log_sums(r.logits) for m, r in zip(routers, routings, strict=True)]
-        z = torch.stack([(s if valid is None else s[valid]).mean() for s in squares]).mean()
+        tokens = len(squares[0]) if valid is None else valid.sum().clamp(min=1)
+        own = (s if valid is None else s[valid] for s in squares)
+        z = torch.stack([s.sum() / tokens for s in own]).mean()
         offset = z.new_zeros(())
         if self.config.routing_stream_size:
             offset = torch.stack([m.weight.float().square().mean() for m in routers]).mean()
@@ -864,16 +952,11 @@ class MoeForCausalLM(MoePreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
-        """Loss-free balancing: b_u += rate sign(mean load - load_u), over all micro-batches and
-        ranks of the step (arXiv:2408.15664, algorithm 1). Nothing without balance_update_rate."""
-        if not self.config.balance_update_rate:
-            return
-        for router in self.model.routers():
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.all_reduce(router.load)
-            sign = (router.load.mean() - router.load).sign()
-            router.balance += self.config.balance_update_rate * sign
-            router.load.zero_()
+        """Loss-free balancing: every router's biases move, by the loads of all micro-batches and
+        ranks of the step. Nothing without balance_update_rate."""
+        if self.config.balance_update_rate:
+            for router in self.model.routers():
+                router.update_balance()
 
 
 AutoConfig.register(MoeConfig.model_type, MoeConfig, exist_ok=True)
