@@ -118,7 +118,7 @@ def mixture_step(kind: str, case: str, size: dict[str, Any]) -> Callable[[], Non
     model.to(device)
     if case == "recorder":
         model.eval()
-        recorder = RoutingRecorder("a", size["vocab"], range(64))
+        recorder = RoutingRecorder("a", size["vocab"])
 
         @torch.inference_mode()
         def read() -> None:

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from tests.conftest import run_stages, tiny_project
 from tiered.config import load
 from tiered.data import ProcessedData
-from tiered.experts import expert_scores, experts_of, mean_expert_weights
-from tiered.inspection import domain_bpb
+from tiered.experts import expert_masks, expert_scores, experts_of, mean_expert_weights
+from tiered.inspection import ablations, domain_bpb
 from tiered.methods import moe_config
 from tiered.partition import make_partition_map
+from tiered.recorder import RoutingRecorder
 from tiered.report import build
 from tiered.router import load_models, run_models
 from tiered.store import UserError, read_json, tree_hashes
@@ -126,6 +127,41 @@ def test_an_ablation_is_the_change_that_leaving_out_makes(project, monkeypatch):
         after = domain_bpb(model, rows, config.eval.batch_rows)
         for domain, change in entry["change_bpb"].items():
             assert after[domain] - before[domain] == pytest.approx(change, abs=2e-5)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_ablations_of_a_purged_model_are_on_top_of_the_purge(project, monkeypatch, renormalize):
+    """And the model is as it was, whatever happens meanwhile."""
+    monkeypatch.chdir(project)
+    config, data, _, models = loaded(project, "moe")
+    model, rows = models[0], {d: data.rows(d, "test", 6) for d in data.domains}
+    keep = torch.ones(2, 6).bool()
+    keep[0, :2] = False
+    model.purge_experts(keep, renormalize)
+    recorder = RoutingRecorder(rows, data.vocab_size)
+    for domain, own in rows.items():
+        recorder.read(model, domain, own.input_ids)
+    before = domain_bpb(model, rows, 8)
+    found = ablations(config, recorder, model, rows, lambda items, *_: items)
+    assert found["bpb"] == pytest.approx(before, abs=1e-6)
+    assert torch.equal(expert_masks(model)[0], keep)
+    assert expert_masks(model)[1] is model.config.renormalize_masked is renormalize
+    entry = found["experts"][-1]
+    more = keep.clone()
+    more[entry["group"], entry["expert"]] = False
+    model.purge_experts(more, renormalize)
+    after = domain_bpb(model, rows, 8)
+    model.purge_experts(keep, renormalize)
+    for domain, change in entry["change_bpb"].items():
+        assert after[domain] - before[domain] == pytest.approx(change, abs=2e-5)
+
+    def stop(items, *_):
+        yield next(iter(items))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ablations(config, recorder, model, rows, stop)
+    assert torch.equal(expert_masks(model)[0], keep)
 
 
 def test_training_is_watched_and_not_changed(project, tmp_path):

@@ -1,5 +1,6 @@
 """The routing recorder: brute force, hand-made tables, batches of any size."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -19,27 +20,29 @@ from tiered.experts import (
 )
 from tiered.recorder import (
     RoutingRecorder,
-    frequent_words,
     js_distance,
     load_entropy,
     max_violation,
     path_coverage,
+    shared_words,
 )
 
 ROWS = {d: np.random.default_rng(i).integers(2, 50, (5, 12)) for i, d in enumerate("abc")}
 
 
-def monet() -> MonetForCausalLM:
+def monet(decompose: str = "vertical") -> MonetForCausalLM:
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "moe_groups": 1}
     sizes |= {"num_attention_heads": 2, "moe_experts": 4, "moe_topk": 2, "moe_heads": 3}
-    return MonetForCausalLM(MonetConfig(**sizes, moe_dim=4, initializer_range=0.3)).eval()
+    return MonetForCausalLM(
+        MonetConfig(**sizes, moe_dim=4, moe_decompose=decompose, initializer_range=0.3)
+    ).eval()
 
 
-def recorded(model, batch_rows: int = 16, watched=(3, 5, 8)) -> RoutingRecorder:
-    found = RoutingRecorder("abc", 50, watched)
-    for domain, rows in ROWS.items():
-        found.read(model, domain, rows, batch_rows)
+def recorded(model, batch_rows: int = 16, domains: str = "abc") -> RoutingRecorder:
+    found = RoutingRecorder(domains, 50)
+    for domain in domains:
+        found.read(model, domain, ROWS[domain], batch_rows)
     return found
 
 
@@ -51,14 +54,14 @@ def moe():
 def test_sums_are_those_of_a_loop_over_tokens(moe):
     found = recorded(moe)
     weights, uses = np.zeros((3, 3, 6)), np.zeros((3, 3, 6), dtype=int)
-    by_word, by_domain = np.zeros((3, 50, 6)), np.zeros((3, 3, 3, 6))
+    by_word, tokens = np.zeros((3, 50, 6)), Counter()
     paths = {d: Counter() for d in "abc"}
     with torch.no_grad():
         for d, (name, rows) in enumerate(ROWS.items()):
             for row in rows:
                 routing = moe(torch.from_numpy(row)[None], output_routing=True).routing
                 for t, word in enumerate(row):
-                    tops = []
+                    tops, named = [], []
                     for g in range(3):
                         index, share = routing[g].index[t].tolist(), routing[g].weights[t].tolist()
                         tops.append(index[int(np.argmax(share))])
@@ -66,13 +69,14 @@ def test_sums_are_those_of_a_loop_over_tokens(moe):
                             weights[d, g, e] += w
                             uses[d, g, e] += 1
                             by_word[g, word, e] += 1
-                            if word in (3, 5, 8):
-                                by_domain[(3, 5, 8).index(word), d, g, e] += 1
+                        named += index
+                    tokens[d, int(word), *named] += 1
                     paths[name][tuple(tops)] += 1
     assert np.allclose(found.weights.numpy(), weights, atol=1e-5)
     assert np.array_equal(found.uses.numpy(), uses)
+    assert np.array_equal(found.counts.numpy(), uses)
     assert np.array_equal(found.by_word.numpy(), by_word)
-    assert np.array_equal(found.by_domain.numpy(), by_domain)
+    assert Counter(map(tuple, found.sample.tolist())) == tokens  # few: all are kept
     assert found.paths == list(paths.values())
     counts = np.bincount(np.concatenate([r.ravel() for r in ROWS.values()]), minlength=50)
     assert np.array_equal(found.word_counts.numpy(), counts)
@@ -82,11 +86,19 @@ def test_sums_are_those_of_a_loop_over_tokens(moe):
 def test_batches_of_any_size_record_the_same(kind, moe):
     model = {"moe": moe, "monet": monet()}.get(kind) or make("tree").eval()
     whole, parts = recorded(model, 16), recorded(model, 2)
-    for name in ("uses", "by_word", "by_domain", "stays", "chances", "word_counts"):
+    for name in ("uses", "counts", "by_word", "stays", "chances", "word_counts", "where"):
         assert torch.equal(getattr(whole, name), getattr(parts, name)), name
     assert torch.allclose(whole.weights, parts.weights, atol=1e-5)
-    assert torch.allclose(whole.best, parts.best, atol=1e-6)  # which of equal tokens is open
+    assert torch.allclose(whole.best, parts.best, atol=1e-6)
     assert whole.paths == parts.paths
+    for domain, coverage in whole.summary()["paths"].items():
+        assert coverage == parts.summary()["paths"][domain]
+    # nor does the order of domains matter
+    turned = recorded(model, 3, "cab")
+    assert torch.equal(turned.where[..., 1:], whole.where[..., 1:])
+    for a, b in zip(turned.summary()["groups"], whole.summary()["groups"], strict=True):
+        for name in ("load", "max_violation", "load_entropy", "nmi", "tis", "ics"):
+            assert a[name] == pytest.approx(b[name], abs=1e-5), name
     assert torch.allclose(torch.cat(whole.by_row), torch.cat(parts.by_row), atol=1e-5)
 
 
@@ -112,7 +124,10 @@ def group(index: list[list[int]], experts: int, weights=None) -> GroupRouting:
     index = torch.tensor(index)
     weights = torch.ones(index.shape) if weights is None else torch.tensor(weights)
     sums = torch.zeros(1, experts).scatter_add(1, index.view(1, -1), weights.view(1, -1))
-    return GroupRouting(sums, index, weights)
+    counts = torch.zeros(1, experts).scatter_add(
+        1, index.view(1, -1), (weights > 0).float().view(1, -1)
+    )
+    return GroupRouting(sums, counts, index, weights)
 
 
 def test_continuity_and_chance_by_hand():
@@ -131,7 +146,7 @@ def test_continuity_and_chance_by_hand():
 def test_specialisation_by_hand(monkeypatch):
     """Word 1 always uses expert 0, word 2 either; word 2 uses 0 in domain a and 1 in domain b."""
     monkeypatch.setattr(recorder, "LEAST_USES", 2)
-    found = RoutingRecorder("ab", 9, [2])
+    found = RoutingRecorder("ab", 9)
     found.add("a", torch.tensor([[1, 1, 2, 2]]), [group([[0], [0], [0], [0]], 2)])
     found.add("b", torch.tensor([[1, 1, 2, 2]]), [group([[0], [0], [1], [1]], 2)])
     measures = found.summary()["groups"][0]
@@ -144,8 +159,12 @@ def test_specialisation_by_hand(monkeypatch):
 
     tis = (distance(1, 3 / 4) + distance(1 / 2, 3 / 4)) / 2
     assert measures["tis"] == pytest.approx(tis, abs=1e-6)
-    ics = (distance(1, 1 / 2) + distance(0, 1 / 2)) / 2
+    # word 1 does not tell the domains apart, word 2 does
+    ics = (0 + 0 + distance(1, 1 / 2) + distance(0, 1 / 2)) / 4
     assert measures["ics"] == pytest.approx(ics, abs=1e-6)
+    apart = distance(1, 1 / 2)  # either word is half of all tokens, either domain half of a word
+    assert measures["tis_attainable"] == pytest.approx(apart, abs=1e-6)
+    assert measures["ics_attainable"] == pytest.approx(apart, abs=1e-6)
     assert measures["max_violation"] == pytest.approx(6 / 4 - 1)
     assert measures["load_entropy"] == pytest.approx(entropy(3 / 4), abs=1e-6)
     assert measures["share_of_domain"] == [[1.0, 0.0], [0.5, 0.5]]
@@ -161,8 +180,74 @@ def test_hand_values():
     coverage = path_coverage(Counter({(0, 1): 5, (1, 1): 2, (2, 2): 1, (3, 3): 1, (4, 4): 1}))
     assert coverage["top_1"] == 0.5 and coverage["top_4"] == 0.9 and coverage["paths"] == 5
     assert coverage["most_frequent"][0] == [[0, 1], 0.5]
-    rows = [np.array([[1, 1, 1, 2]]), np.array([[2, 2, 3, 3]]), np.array([[3, 4, 2, 4]])]
-    assert frequent_words(rows, 5) == [2, 3]  # 1 and 4 occur in one domain alone
+    word = np.array([1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 2, 4])
+    assert shared_words(word, np.repeat([0, 1, 2], 4), 5) == [2, 3]  # 1 and 4: one domain alone
+    assert shared_words(word, np.zeros(12, dtype=int), 5) == []
+    tied = Counter({(2, 1): 3, (0, 1): 3, (1, 1): 3})
+    assert [p for p, _ in path_coverage(tied)["most_frequent"]] == [[0, 1], [1, 1], [2, 1]]
+
+
+@pytest.mark.parametrize("kind", ["moe", "tree", "monet"])
+def test_measures_by_chance_are_those_of_routing_that_knows_nothing(kind, monkeypatch):
+    """Words and domains dealt out to the tokens of a real routing: nothing stands out. Draws from
+    a multinomial would not do: a token's experts are distinct."""
+    monkeypatch.setattr(recorder, "LEAST_USES", 8)
+    model = {"moe": make(initializer_range=0.4, num_experts_per_tok=4).eval(), "monet": monet()}
+    model = model.get(kind) or make("tree", initializer_range=0.4).eval()
+    generator = np.random.default_rng(5)
+    ids = generator.integers(2, 50, (3 * 100, 12))
+    with torch.no_grad():
+        groups = routing_of(model, torch.from_numpy(ids))
+    found = RoutingRecorder("abc", 50)
+    order = generator.permutation(ids.size)  # of tokens' experts, whatever the words are
+    for d, domain in enumerate("abc"):
+        own = order[d * 1200 : (d + 1) * 1200]
+        parts = [
+            GroupRouting(g.sums[:100], g.counts[:100], g.index[own], g.weights[own], g.first)
+            for g in groups
+        ]
+        words = torch.from_numpy(generator.integers(2, 50, (100, 12)))
+        found.add(domain, words, parts)
+    measures = found.summary()["groups"]
+    for name in ("tis", "ics"):
+        observed, by_chance = (sum(m[key] for m in measures) for key in (name, f"{name}_by_chance"))
+        assert observed == pytest.approx(by_chance, rel=0.1), name
+
+
+def test_a_sample_is_the_same_whatever_the_batches(moe, monkeypatch):
+    monkeypatch.setattr(recorder, "SAMPLE", 40)
+    whole, parts = recorded(moe, 16), recorded(moe, 1)
+    assert len(whole.sample) == 40
+    a, b = (found.sample[np.argsort(found.order)] for found in (whole, parts))
+    assert np.array_equal(a, b)
+    assert set(whole.sample[:, 0]) == {0, 1, 2}
+
+
+def test_tokens_in_parts_are_the_same(moe, monkeypatch):
+    whole = recorded(moe)
+    monkeypatch.setattr(recorder, "PART", 7 * 18)
+    parts = recorded(moe)
+    for name in ("uses", "by_word", "stays", "chances", "where"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name)), name
+    assert whole.paths == parts.paths
+
+
+def test_a_trees_paths_and_balance_are_of_its_leaves():
+    model = make("tree", initializer_range=0.4).eval()  # edges 0, 1, then leaves 2 .. 5
+    found, leaves, paths = recorded(model), np.zeros((3, 4)), {d: Counter() for d in "abc"}
+    with torch.no_grad():
+        for name, rows in ROWS.items():
+            routing = model(torch.from_numpy(rows), output_routing=True).routing
+            for t in range(60):
+                for g in range(3):
+                    leaves[g] += np.bincount(routing[g].chosen[t], minlength=4)
+                best = (int(r.chosen[t][r.probs[t][r.chosen[t]].argmax()]) + 2 for r in routing)
+                paths[name][tuple(best)] += 1
+    assert found.paths == list(paths.values())
+    for g, measures in enumerate(found.summary()["groups"]):
+        expected = leaves[g].max() / leaves[g].mean() - 1
+        assert measures["max_violation"] == pytest.approx(expected, abs=1e-5)
+        assert sum(measures["load"][2:]) / sum(measures["load"]) < 0.7  # the page shows all edges
 
 
 def test_contexts_are_the_heaviest_tokens_in_order(moe):
@@ -187,10 +272,10 @@ def test_contexts_are_the_heaviest_tokens_in_order(moe):
 def test_what_would_be_too_large_is_left_out(moe, monkeypatch):
     monkeypatch.setattr(recorder, "LARGEST", 3 * 6 * 9)
     found = recorded(moe)
-    assert found.by_word is None and found.by_row is None
-    assert torch.equal(found.by_domain, recorded(moe).by_domain)
+    assert found.by_word is None and found.by_row is None and found.rows_of == []
+    assert len(found.sample) == 3 * 6 * 9 // (3 * 2)
     measures = found.summary()["groups"][0]
-    assert measures["tis"] is None and measures["nmi_shuffled"] is None
+    assert measures["nmi_shuffled"] is None and measures["nmi"] > 0
     assert found.top_words(0) == [[]] * 6
     everything = found.summary()["paths"]["a"]
     monkeypatch.setattr(recorder, "PATHS", 2)
@@ -216,6 +301,47 @@ def test_a_monets_heads_use_one_expert_each():
             assert routing.index[token, h] == pair.argmax()
             assert routing.weights[token, h] == pytest.approx(pair.max().item())
     assert torch.allclose(routing.sums.sum(1), torch.tensor(12.0 * 3))
+    kept = (g1 > 0)[..., :, None] & (g2 > 0)[..., None, :]  # (B, T, H, E, E)
+    assert torch.equal(routing.counts, kept.sum((1, 2)).flatten(1).float())
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("decompose", ["vertical", "horizontal"])
+def test_a_purged_monet_is_read_as_it_computes(renormalize, decompose):
+    """Purged experts have no weight, whatever the router's gates say of their halves."""
+    model = monet(decompose)
+    keep = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(2)) < 0.6
+    model.purge_experts(keep, renormalize)
+    ids = torch.from_numpy(ROWS["a"])
+    gates = model(ids, output_router_probs=True).router_probs
+    for g, routing in enumerate(routing_of(model, ids)):
+        g1, g2 = gates[g]
+        weight = torch.einsum("bthi,bthj->bthij", g1, g2) * keep[g]
+        if renormalize:
+            total = weight.sum((-1, -2), keepdim=True)
+            weight = torch.where(total > 1e-4, weight / total, 0.0)
+        assert torch.allclose(routing.sums, weight.sum((1, 2)).flatten(1), atol=1e-5)
+        most = weight.flatten(0, 1).flatten(2).max(-1)  # (B T, H)
+        assert torch.allclose(routing.weights, most.values, atol=1e-6)
+        assert (routing.index == most.indices)[most.values > 0].all()
+        assert not routing.sums[:, ~keep[g].flatten()].any()
+        assert not routing.counts[:, ~keep[g].flatten()].any()
+
+
+def test_a_layer_without_experts_is_no_number():
+    """All experts of one layer purged: None, and tokens on paths through nothing."""
+    model = make(initializer_range=0.4).eval()
+    keep = torch.ones(3, 6).bool()
+    keep[1] = False
+    model.purge_experts(keep)
+    found = recorded(model)
+    first, empty, _ = found.summary()["groups"]
+    assert set(first) == set(empty) and first["nmi"] > 0
+    for name in ("max_violation", "load_entropy", "nmi", "tis", "ics", "js_bits"):
+        assert empty[name] is None, name
+    assert all(path[1] == -1 for counter in found.paths for path in counter)
+    json.dumps([found.summary(), found.snapshot()], allow_nan=False)
+    assert found.snapshot()["max_violation"][1] is None
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

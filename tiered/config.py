@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import sys
 import types
 import typing
@@ -920,8 +921,10 @@ def check(config: Config) -> Config:
         raise UserError(f"name: {config.name!r} must be a plain folder name")
     named = (*config.all_domains, *data.novel_domains)
     for code in named:
-        if code != Path(code).name or code.startswith("."):
-            raise UserError(f"data.domains: {code!r} must be a plain name")
+        if not re.fullmatch(r"[\w+-][\w.+-]*", code):  # it names folders, columns, axes
+            raise UserError(
+                f"data.domains: {code!r} must be a plain name, of letters, digits and . _ + -"
+            )
     if len(set(named)) != len(named) or not data.domains:
         raise UserError(f"data.domains: names must be given, each once, found {list(named)}")
     if data.added_domains and config.partition.method in ("random", "cluster"):

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from scipy.special import rel_entr, xlogy
 
-from modeling_monet import Gates, MonetRouter
+from modeling_monet import Gates, MonetRouter, renormalized
 from tiered.data import ProcessedData
 from tiered.store import UserError
+
+MASKED = 2**24  # pairs of gates that are looked through at once
 
 
 @contextmanager
@@ -46,25 +48,29 @@ def record_gates(model: torch.nn.Module) -> Iterator[list[Gates]]:
 class GroupRouting(NamedTuple):
     """What one layer (Monet: router group) did with a batch (B, T).
 
-    sums (B, X) float32: weight that each row's tokens sent through each expert. index, weights
-    (B T, S): experts that a token used, X of them in all, and how much; of a Monet the heaviest one
-    of every head.
+    sums, counts (B, X) float32: weight that each row's tokens sent through each expert, and how
+    often they used it (of a Monet: how often a head kept it). index, weights (B T, S): experts of a
+    token, and how much; of a Monet the heaviest one of every head. first: of a tree the first edge
+    of a leaf, otherwise 0.
     """
 
     sums: torch.Tensor
+    counts: torch.Tensor
     index: torch.Tensor
     weights: torch.Tensor
+    first: int = 0
 
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """A model in evaluation mode: training mode would move its running statistics."""
-    training = model.training
+    before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in before:
+            module.training = training
 
 
 @torch.inference_mode()
@@ -72,26 +78,60 @@ def routing_of(model: torch.nn.Module, input_ids: torch.Tensor) -> list[GroupRou
     """The routing of every layer with experts, of ids (B, T) without padding, by a model in
     evaluation mode. ValueError for a family without experts."""
     ids = input_ids.to(next(model.parameters()).device)
-    if model.config.model_type == "monet":
+    config = model.config
+    if config.model_type == "monet":
         out = model(input_ids=ids, output_router_probs=True, logits_to_keep=1)
-        return [_monet_routing(g1, g2) for g1, g2 in out.router_probs]
-    if model.config.model_type != "tiered_moe":
-        raise ValueError(f"a {model.config.model_type} has no experts whose routing can be read")
+        keep, renormalize = expert_masks(model)
+        masks = [None] * len(out.router_probs) if keep is None else keep.to(ids.device)
+        return [
+            _monet_routing(g1, g2, mask, renormalize)
+            for (g1, g2), mask in zip(out.router_probs, masks, strict=True)
+        ]
+    if config.model_type != "tiered_moe":
+        raise ValueError(f"a {config.model_type} has no experts whose routing can be read")
     out = model(input_ids=ids, output_routing=True, logits_to_keep=1)
-    experts, found = model.config.num_experts, []
+    first, found = config.num_experts - config.units, []
     for routing in out.routing:
-        by_row = (t.view(len(ids), -1) for t in (routing.index, routing.weights.float()))
-        sums = routing.weights.new_zeros(len(ids), experts, dtype=torch.float32)
-        found.append(GroupRouting(sums.scatter_add(1, *by_row), routing.index, routing.weights))
+        index, weights = (t.view(len(ids), -1) for t in (routing.index, routing.weights.float()))
+        zeros = weights.new_zeros(len(ids), config.num_experts)
+        sums = zeros.scatter_add(1, index, weights)
+        counts = zeros.scatter_add(1, index, (weights > 0).float())
+        found.append(GroupRouting(sums, counts, routing.index, routing.weights, first))
     return found
 
 
-def _monet_routing(g1: torch.Tensor, g2: torch.Tensor) -> GroupRouting:
-    """Of gates (B, T, H, E) of both axes; expert ij counts as i E + j."""
-    sums = torch.einsum("bthi,bthj->bij", g1, g2).flatten(1)
-    first, second = g1.flatten(0, 1).max(-1), g2.flatten(0, 1).max(-1)  # (B T, H)
-    index = first.indices * g2.shape[-1] + second.indices
-    return GroupRouting(sums, index, first.values * second.values)
+def _monet_routing(
+    g1: torch.Tensor, g2: torch.Tensor, keep: torch.Tensor | None, renormalize: bool
+) -> GroupRouting:
+    """Of gates (B, T, H, E) of both axes; expert ij counts as i E + j. keep (E, E) or None."""
+    if keep is not None and renormalize:
+        g1 = renormalized(g1, g2, keep)
+    mask = 1.0 if keep is None else keep.float()
+    sums, counts = (
+        (torch.einsum("bthi,bthj->bij", first, second) * mask).flatten(1)
+        for first, second in ((g1, g2), ((g1 > 0).float(), (g2 > 0).float()))
+    )
+    heads, experts = g1.shape[2:]
+    pairs = g1.flatten(0, 2), g2.flatten(0, 2)  # (B T H, E)
+    if keep is None:
+        first, second = (axis.max(-1) for axis in pairs)
+        index, weights = first.indices * experts + second.indices, first.values * second.values
+    else:  # the heaviest pair that is left need not be of the heaviest halves
+        step = max(1, MASKED // experts**2)
+        parts = [
+            (a[:, :, None] * b[:, None] * mask).flatten(1).max(-1)
+            for a, b in zip(*(axis.split(step) for axis in pairs), strict=True)
+        ]
+        index = torch.cat([p.indices for p in parts])
+        weights = torch.cat([p.values for p in parts])
+    return GroupRouting(sums, counts, index.view(-1, heads), weights.view(-1, heads))
+
+
+def expert_masks(model: torch.nn.Module) -> tuple[torch.Tensor | None, bool]:
+    """Experts that a model has left, (G, E, E) or (G, E) bool (None: all), and whether others take
+    the place of purged ones: what `purge_experts` takes."""
+    masks = [b for name, b in model.named_buffers() if name.rpartition(".")[2] == "keep"]
+    return (torch.stack(masks), model.config.renormalize_masked) if masks else (None, False)
 
 
 def experts_shape(model: torch.nn.Module) -> tuple[int, ...]:

@@ -270,7 +270,10 @@ def _publish(
         )
         observed = [e for e in trainer.state.log_history if "observed" in e]
         if observed:
-            lines = (json.dumps({"step": e["step"], **e["observed"]}) + "\n" for e in observed)
+            lines = (
+                json.dumps({"step": e["step"], **e["observed"]}, sort_keys=True) + "\n"
+                for e in observed
+            )
             (path / OBSERVED).write_text("".join(lines))
         record = {
             **job.record,

@@ -13,16 +13,15 @@ import torch
 from tiered.config import Config
 from tiered.data import ProcessedData, Rows
 from tiered.evaluation import EXPERT_SETTINGS
-from tiered.experts import evaluating, experts_of, experts_shape, routing_of
+from tiered.experts import evaluating, expert_masks, experts_of, experts_shape, routing_of
 from tiered.partition import PartitionMap
 from tiered.record import device_of, training_environment
-from tiered.recorder import RoutingRecorder, frequent_words
+from tiered.recorder import RoutingRecorder, path_coverage
 from tiered.router import load_models
 from tiered.scoring import score_prefixes
 from tiered.store import code_hash, content_hash, digest, read_json, write_json
 
 CODE = tuple(f"tiered/{name}.py" for name in ("experts", "inspection", "recorder", "scoring"))
-WATCHED = 64  # words whose use is told apart by domain (ICS)
 SHOWN = 64  # experts of a group that get a place on a page, the busiest
 BEFORE, AFTER = 12, 6  # tokens around one that an expert was used for
 SKEWS = (1.2, 1.5, 2.0, 4.0)
@@ -75,8 +74,7 @@ def inspect_experts(
         rows = {d: r for d, r in rows.items() if len(r.input_ids)}
         if not rows:
             continue
-        words = frequent_words([r.input_ids for r in rows.values()], WATCHED)
-        recorder = RoutingRecorder(rows, data.vocab_size, words)
+        recorder = RoutingRecorder(rows, data.vocab_size)
         for domain in progress(rows, f"experts of partition {k}", "domain"):
             recorder.read(model, domain, rows[domain].input_ids, section.batch_rows)
         found[str(k)] = {
@@ -102,7 +100,7 @@ def skewed_sets(recorder: RoutingRecorder) -> dict[str, dict[str, dict[str, Any]
     for ratio in SKEWS:
         for domain, own in scores.items():
             chosen = experts_of(scores, domain, ratio)
-            held = (own * chosen).sum(1) / own.sum(1)
+            held = (own * chosen).sum(1) / own.sum(1).clamp(min=1e-12)
             entry = {
                 "experts": chosen.sum(1).tolist(),
                 "coverage": round(held.mean().item(), 6),
@@ -115,15 +113,15 @@ def _shown(
     recorder: RoutingRecorder, g: int, rows: dict[str, Rows], data: ProcessedData
 ) -> list[dict[str, Any]]:
     """The busiest experts of a group: load, share of its weight per domain, words, contexts."""
-    load = recorder.uses[:, g].sum(0)
-    order = load.argsort(descending=True, stable=True)[:SHOWN].tolist()
+    load = recorder.load(g)
+    order = np.argsort(-load, kind="stable")[:SHOWN].tolist()
     share = torch.from_numpy(recorder.joint(g))
     share = share / share.sum(0).clamp(min=1e-12)
     words, contexts = recorder.top_words(g), recorder.contexts(g)
     return [
         {
             "expert": e,
-            "load": round(load[e].item() / load.sum().item(), 6),
+            "load": round(load[e] / load.sum(), 6),
             "domains": {d: round(share[i, e].item(), 4) for i, d in enumerate(recorder.domains)},
             "words": [data.tokenizer.decode([w]) for w in words[e]],
             "contexts": [
@@ -160,12 +158,14 @@ def flow(
         groups = routing_of(model, ids)
     steps = []
     for g in groups:
-        order = g.weights.float().topk(min(TOPS, g.weights.shape[1]), 1)
-        index = g.index.gather(1, order.indices)
+        # a Monet's heads may name one expert; a tree's path is that of its leaves
+        given = torch.zeros(ids.numel(), g.sums.shape[1])
+        given = given.scatter_add(1, g.index.cpu(), g.weights.float().cpu())[:, g.first :]
+        most = given.topk(min(TOPS, given.shape[1]), 1)
         steps.append(
             [
-                [[e, round(w, 4)] for e, w in zip(*pair, strict=True)]
-                for pair in zip(index.tolist(), order.values.tolist(), strict=True)
+                [[e + g.first, round(w, 4)] for e, w in zip(*pair, strict=True) if w > 0]
+                for pair in zip(most.indices.tolist(), most.values.tolist(), strict=True)
             ]
         )
     texts = [data.tokenizer.decode([i]) for i in ids[0].tolist()]
@@ -186,22 +186,24 @@ def ablations(
     if not count:
         return {}
     shape, groups = experts_shape(model), recorder.weights.shape[1]
+    left, renormalize = expert_masks(model)  # a model may be a purged one
     before = domain_bpb(model, rows, config.eval.batch_rows)
 
     def without(places: list[tuple[int, int]]) -> dict[str, float]:
         keep = torch.ones(groups, recorder.weights.shape[-1], dtype=torch.bool)
         for g, e in places:
             keep[g, e] = False
-        model.purge_experts(keep.unflatten(1, shape))
+        keep = keep.unflatten(1, shape)
+        model.purge_experts(keep if left is None else keep & left.cpu(), renormalize)
         after = domain_bpb(model, rows, config.eval.batch_rows)
         return {d: round(after[d] - before[d], 6) for d in rows}
 
-    loads = recorder.uses.sum(0)
+    loads = [recorder.load(g) for g in range(groups)]
     single = [
         (g, e)
         for g in range(groups)
-        for e in loads[g].argsort(descending=True, stable=True)[:count].tolist()
-        if loads[g, e]
+        for e in np.argsort(-loads[g], kind="stable")[:count].tolist()
+        if loads[g][e]
     ]
     try:
         experts = [
@@ -210,10 +212,11 @@ def ablations(
         ]
         paths = {}
         for domain, counter in zip(recorder.domains, recorder.paths, strict=True):
-            path = list(counter.most_common(1)[0][0])
-            paths[domain] = {"path": path, "change_bpb": without(list(enumerate(path)))}
+            path = path_coverage(counter)["most_frequent"][0][0]
+            places = [(g, e) for g, e in enumerate(path) if e >= 0]
+            paths[domain] = {"path": path, "change_bpb": without(places)}
     finally:
-        model.purge_experts(None)
+        model.purge_experts(left, renormalize)
     return {"bpb": {d: round(v, 6) for d, v in before.items()}, "experts": experts, "paths": paths}
 
 

@@ -33,6 +33,7 @@ from tiered.report_experts import (
     experts_of_run,
     flow_html,
     group_table,
+    how_read,
     model_plots,
     skew_table,
 )
@@ -280,8 +281,9 @@ def markdown(rows: list[dict[str, str]]) -> str:
     """A Markdown table."""
     if not rows:
         return ""
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    return "\n".join(lines + ["| " + " | ".join(r.values()) + " |" for r in rows]) + "\n"
+    lines = [list(rows[0]), *(list(r.values()) for r in rows)]
+    lines = ["| " + " | ".join(v.replace("|", r"\|") for v in line) + " |" for line in lines]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
 
 
 def _csv(rows: list[dict[str, str]]) -> str:
@@ -546,6 +548,7 @@ def expert_page(run: Run, k: str, found: dict[str, Any], output: Path) -> tuple[
     title = f"experts of {run.name}" + (f", partition {k}" if run.n > 1 else "")
     back = f'<p><a href="index.html">All runs</a></p>{EXPERT_STYLE}'
     page = Page(output, html.escape(title[0].upper() + title[1:]), back)
+    page.add(f"<p>{how_read(found)}</p>")
     page.plots(model_plots(run, k, found))
     page.add(
         "<h2>The way of a text through the layers, token by token</h2>"

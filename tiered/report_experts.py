@@ -5,6 +5,7 @@ Reads eval/experts.json and, where training was watched, models/<k>/observed.jso
 
 import html
 import json
+import math
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -14,6 +15,7 @@ from tiered.runs import Run, cell
 from tiered.store import read_json
 
 LINES = ("-", "--", ":", "-.")
+DRAWN = 256  # experts of a layer, at most, of which the use by domain is drawn
 FLOWS = 4  # domains whose flow is drawn as a plot; the page has the table of every domain
 
 
@@ -44,45 +46,76 @@ def _mean_row(run: Run, k: str, found: dict[str, Any]) -> dict[str, str]:
     groups, steps = found["groups"], found["continuity"].get("1", {})
     paths = list(found["paths"].values())
 
-    def mean(name: str) -> Any:
+    def mean(name: str) -> float | None:
         values = [g[name] for g in groups if g[name] is not None]
-        return float(np.mean(values)) if values else "none"
+        return float(np.mean(values)) if values else None
 
-    nmi, by_chance = mean("nmi"), mean("nmi_shuffled")
-    above = nmi - by_chance if isinstance(by_chance, float) else "none"
+    def top(name: str) -> float | None:
+        values = [p[name] for p in paths if p[name] is not None]
+        return float(np.mean(values)) if values else None
+
     return {
         "experiment": run.name,
         "partition": k,
         "experts per layer": str(found["experts"]),
         "MaxVio": cell(mean("max_violation")),
         "load entropy": cell(mean("load_entropy")),
-        "NMI above chance": cell(above),
+        "NMI": cell(mean("nmi")),
+        "NMI, shuffled": cell(mean("nmi_shuffled")),
         "effective domains per expert": cell(mean("effective_domains_per_expert"), 2),
         "effective experts per domain": cell(mean("effective_experts_per_domain"), 1),
         "TIS": cell(mean("tis")),
         "TIS by chance": cell(mean("tis_by_chance")),
+        "TIS attainable": cell(mean("tis_attainable")),
         "ICS": cell(mean("ics")),
         "ICS by chance": cell(mean("ics_by_chance")),
-        "EC(1)": cell(steps.get("observed", "none")),
-        "EC(1) by chance": cell(steps.get("by_chance", "none")),
-        "top-1 path": cell(float(np.mean([p["top_1"] for p in paths]))),
-        "top-4 paths": cell(float(np.mean([p["top_4"] for p in paths]))),
+        "ICS attainable": cell(mean("ics_attainable")),
+        "EC(1)": cell(steps.get("observed")),
+        "EC(1) by chance": cell(steps.get("by_chance")),
+        "top-1 path": cell(top("top_1")),
+        "top-4 paths": cell(top("top_4")),
     }
+
+
+def how_read(found: dict[str, Any]) -> str:
+    """What the measures of a model's page are of."""
+    named = [g["weight_named"] for g in found["groups"] if g["weight_named"] is not None]
+    parts = ["MaxVio and load entropy are of uses."]
+    if named and min(named) < 0.999:  # a Monet
+        parts.append(
+            "A use is an expert that a head keeps; paths, EC, TIS, ICS and words are of the"
+            f" heaviest expert of every head, which hold {min(named):.0%} to {max(named):.0%} of"
+            " the weight. A model in training is read as evaluation would read it: until its"
+            " running statistics have settled, in the first 60 steps or so, a head keeps one or"
+            " two experts."
+        )
+    if found["first_leaf"]:
+        parts.append(
+            "Experts are a tree's edges, level by level; MaxVio, load entropy, paths, EC, TIS and"
+            f" ICS are of its leaves, the edges from {found['first_leaf']} on."
+        )
+    parts.append(
+        "TIS and ICS: mean Jensen-Shannon distance between a word's experts and those of all"
+        " tokens, and between its experts in a domain and in all; by chance: with words, or"
+        " domains, dealt out anew; attainable: did no word, or domain, share an expert with the"
+        " rest."
+    )
+    return " ".join(parts)
 
 
 def group_table(found: dict[str, Any]) -> list[dict[str, str]]:
     """A model's measures, layer by layer."""
     names = {
         **{"max_violation": "MaxVio", "load_entropy": "load entropy", "nmi": "NMI"},
-        "nmi_shuffled": "NMI, labels shuffled",
+        **{"nmi_shuffled": "NMI, labels shuffled", "nmi_shuffled_sd": "its SD"},
         "effective_domains_per_expert": "effective domains per expert",
         "effective_experts_per_domain": "effective experts per domain",
-        **{"tis": "TIS", "tis_by_chance": "TIS by chance"},
-        **{"ics": "ICS", "ics_by_chance": "ICS by chance"},
+        **{"tis": "TIS", "tis_by_chance": "TIS by chance", "tis_attainable": "TIS attainable"},
+        **{"ics": "ICS", "ics_by_chance": "ICS by chance", "ics_attainable": "ICS attainable"},
+        "weight_named": "weight of named experts",
     }
     return [
-        {"layer": str(g)}
-        | {text: cell("none" if group[n] is None else group[n]) for n, text in names.items()}
+        {"layer": str(g)} | {text: cell(group[n]) for n, text in names.items()}
         for g, group in enumerate(found["groups"])
     ]
 
@@ -98,6 +131,8 @@ def skew_table(found: dict[str, Any]) -> list[dict[str, str]]:
         paths = found["paths"][domain]
         row |= {"top-1 path": cell(paths["top_1"]), "top-4 paths": cell(paths["top_4"])}
         row["paths"] = cell(paths["paths"])
+        if paths["uncounted"]:
+            row["paths"] += f" and others of {paths['uncounted']:.1%}"
         rows.append(row)
     return rows
 
@@ -113,7 +148,8 @@ def ablation_table(found: dict[str, Any]) -> list[dict[str, str]]:
     rows = []
     for text, entry in named:
         change = entry["change_bpb"]
-        row = {"left out": text, "hits most": max(change, key=change.get)}
+        worst = max(change, key=change.get)
+        row = {"left out": text, "hits most": worst if change[worst] > 0 else "none"}
         rows.append(row | {d: f"{v:+.3f}" for d, v in change.items()})
     return rows
 
@@ -154,13 +190,14 @@ def plot_domains(found: dict[str, Any]) -> plt.Figure:
     figure, panels = _panels(len(groups), 6.5, 0.9 + 0.2 * len(domains))
     for g, (axes, group) in enumerate(zip(panels, groups, strict=True)):
         share = np.array(group["share_of_domain"])
-        owner = share.argmax(0)
-        order = np.lexsort((-share.max(0), owner))[: 4 * 64]
+        drawn = np.argsort(-share.max(0), kind="stable")[:DRAWN]
+        order = drawn[np.lexsort((-share.max(0)[drawn], share.argmax(0)[drawn]))]
         image = axes.imshow(
             share[:, order] * share.shape[1], cmap="Greys", vmin=0, vmax=4, aspect="auto"
         )
         axes.set_yticks(range(len(domains)), domains)
-        axes.set_xlabel("experts, by the domain that uses them most")
+        all_of = f"{len(order)} of {share.shape[1]} " if len(order) < share.shape[1] else ""
+        axes.set_xlabel(f"{all_of}experts, by the domain that uses them most")
         axes.set_ylabel("domain")
         axes.set_title(f"layer {g}", fontsize=10)
         if share.shape[1] <= 32:
@@ -176,9 +213,12 @@ def plot_divergence(found: dict[str, Any]) -> plt.Figure | None:
         return None
     size = 1.2 + 0.25 * len(domains)
     figure, panels = _panels(len(groups), size + 0.6, size)
-    most = max(np.max(g["js_bits"]) for g in groups) or 1.0
-    for g, (axes, group) in enumerate(zip(panels, groups, strict=True)):
-        image = axes.imshow(group["js_bits"], cmap="Greys", vmin=0, vmax=most)
+    unknown = np.full((len(domains), len(domains)), np.nan)
+    tables = [unknown if g["js_bits"] is None else g["js_bits"] for g in groups]
+    tables = np.array(tables, dtype=float)  # of a domain that no expert is left to: nan
+    most = 1.0 if np.isnan(tables).all() else np.nanmax(tables) or 1.0
+    for g, axes in enumerate(panels):
+        image = axes.imshow(tables[g], cmap="Greys", vmin=0, vmax=most)
         axes.set_xticks(range(len(domains)), domains, rotation=90)
         axes.set_yticks(range(len(domains)), domains)
         axes.set_title(f"layer {g}", fontsize=10)
@@ -186,14 +226,18 @@ def plot_divergence(found: dict[str, Any]) -> plt.Figure | None:
     return figure
 
 
-def plot_flow(found: dict[str, Any]) -> plt.Figure:
+def plot_flow(found: dict[str, Any]) -> plt.Figure | None:
     """One line per token of a text through the experts that it used most, layer by layer; the
     wider, the more of the domain's tokens take that step."""
     chosen = list(found["flow"])[:FLOWS]
+    if not chosen:
+        return None
     figure, panels = _panels(len(chosen), 6.5, 3.6)
     experts, layers = found["experts"], len(found["groups"])
     for axes, domain in zip(panels, chosen, strict=True):
-        tops = np.array([[t[0][0] for t in group] for group in found["flow"][domain]["groups"]])
+        # a token that no expert is left to is drawn below them
+        flow = found["flow"][domain]["groups"]
+        tops = np.array([[t[0][0] if t else -1 for t in group] for group in flow])
         for g in range(layers - 1):
             steps, counts = np.unique(tops[g : g + 2], axis=1, return_counts=True)
             for (a, b), count in zip(steps.T, counts, strict=True):
@@ -203,7 +247,7 @@ def plot_flow(found: dict[str, Any]) -> plt.Figure:
             used, counts = np.unique(tops[g], return_counts=True)
             axes.scatter([g] * len(used), used, s=15 + 8 * counts, color="black", zorder=3)
         axes.set_xticks(range(layers))
-        axes.set_ylim(-1, experts)
+        axes.set_ylim(-1.5, experts)
         axes.set_xlabel("layer")
         axes.set_ylabel("expert of a token")
         axes.set_title(f"{domain}: {tops.shape[1]} tokens", fontsize=10)
@@ -232,7 +276,7 @@ def plot_training(moments: list[dict[str, Any]]) -> plt.Figure | None:
         (panels[layers + 1], "nmi", "NMI of domain and expert"),
     ):
         for g in range(layers):
-            values = [m[name][g] for m in moments]
+            values = [math.nan if m[name][g] is None else m[name][g] for m in moments]
             axes.plot(
                 steps, values, LINES[g % len(LINES)], color="black", alpha=1 - 0.15 * (g // 4)
             )
@@ -258,12 +302,15 @@ def flow_html(found: dict[str, Any]) -> str:
     """Per domain a table: a column per token, a row per layer; expert, shaded by its weight."""
     parts = []
     for i, (domain, flow) in enumerate(found["flow"].items()):
-        head = "".join(f"<th>{_visible(t)}</th>" for t in flow["tokens"])
+        head = "".join(f"<th><bdi>{_visible(t)}</bdi></th>" for t in flow["tokens"])
         body = []
-        most = max((t[0][1] for group in flow["groups"] for t in group), default=1.0) or 1.0
+        most = max((t[0][1] for group in flow["groups"] for t in group if t), default=1.0)
         for g, group in enumerate(flow["groups"]):
             cells = []
             for tops in group:
+                if not tops:
+                    cells.append("<td>\u2205</td>")
+                    continue
                 shade = round(255 - 140 * min(1.0, tops[0][1] / most))
                 others = ", ".join(f"{e} ({w:.2f})" for e, w in tops)
                 style = f"background:rgb({shade},{shade},{shade})"
@@ -286,7 +333,7 @@ def experts_html(found: dict[str, Any]) -> str:
         for expert in experts:
             domains = sorted(expert["domains"].items(), key=lambda i: -i[1])[:4]
             text = ", ".join(f"{html.escape(d)} {v:.0%}" for d, v in domains)
-            words = "".join(f"<span>{_visible(w)}</span>" for w in expert["words"])
+            words = "".join(f"<span><bdi>{_visible(w)}</bdi></span>" for w in expert["words"])
             contexts = "".join(
                 f"<div class=context>{html.escape(c['domain'])} {c['weight']:.2f}:"
                 f" <bdi>{html.escape(c['text'][0])}<mark>{_visible(c['text'][1])}</mark>"

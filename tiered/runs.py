@@ -97,7 +97,8 @@ def tell_apart(runs: list[Run]) -> None:
 
 
 def cell(value: Any, digits: int = 3) -> str:
-    """A number, an interval with its bounds, or the word that stands for it."""
+    """A number, an interval with its bounds, or the word that stands for it (none: None)."""
+    value = "none" if value is None else value
     if isinstance(value, dict):
         return (
             f"{value['value']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"

@@ -116,18 +116,29 @@ def expert_devices(config: Config) -> list[torch.device]:
     return [torch.device(device.type, i) for i in range(count)]
 
 
+def watch(job: Fit, config: Config, data: ProcessedData, domains: Iterable[str]) -> None:
+    """Have a training job note what experts do, where the config asks for it."""
+    if watches_routing(config):
+        job.observe = routing_observer(data, domains)
+        job.observe_steps = config.training.routing_steps
+
+
 def routing_observer(
-    config: Config, data: ProcessedData, domains: Iterable[str]
+    data: ProcessedData, domains: Iterable[str]
 ) -> Callable[[PreTrainedModel], dict[str, Any]]:
     """What is noted of a model in training: loads and shares of its experts, on a few validation
     rows of every domain."""
     rows = {d: data.rows(d, "validation", WATCHED_ROWS).input_ids for d in sorted(domains)}
     rows = {d: found for d, found in rows.items() if len(found)}
+    if not rows:
+        raise UserError(
+            "training.routing_steps: the validation split has no row to watch; set it to 0"
+        )
 
     def observe(model: PreTrainedModel) -> dict[str, Any]:
         recorder = RoutingRecorder(rows, data.vocab_size)
         for domain, found in rows.items():
-            recorder.read(model, domain, found, config.eval.batch_rows)
+            recorder.read(model, domain, found)
         return recorder.snapshot()
 
     return observe
@@ -243,10 +254,7 @@ def train_partition(
             "environment": environment(config),
         },
     )
-    if watches_routing(config):
-        job.observe = routing_observer(config, data, counts)
-        job.observe_steps = config.training.routing_steps
-
+    watch(job, config, data, counts)
     if config.model.type == "lora":
         from tiered.baselines.lora_experts import train_expert  # peft takes seconds to import
 
@@ -342,6 +350,7 @@ def _adapt(
             "environment": environment(config),
         },
     )
+    watch(job, config, data, counts)
 
     def make() -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(start)
