@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from tests.conftest import run_stages
+from tests.conftest import ROOT, run_stages
 from tiered import branching
 from tiered.blocks import partition_blocks, trained_rows, training_arguments
 from tiered.config import Config, ModelConfig, TrainingConfig, load
@@ -34,6 +34,16 @@ def made(kind: str, **values):
 
 
 # ---------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*/*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_config_makes_a_model_config(path):
+    """What a family refuses comes to light before data and a router are made for it."""
+    config = load(path)
+    vocabulary = config.model.vocab_size or config.tokenizer.vocab_size
+    data = types.SimpleNamespace(vocab_size=vocabulary, pad_id=0, separator_id=1)
+    built = MODELS[config.model.type].config_from(config, data)
+    assert built.hidden_size == config.model.hidden_size
 
 
 def test_upcycling_begins_as_the_dense_model(tmp_path):

@@ -255,7 +255,7 @@ def test_options_that_would_do_nothing_are_refused(project, monkeypatch):
     monkeypatch.chdir(project)
     tree = ("model.tree_depth=2", "model.intermediate_size=16")
     for values, text in (
-        (tree, "model.num_experts: a tree has as many as it has edges"),
+        ((*tree, "model.num_experts=16"), "model.num_experts: 16, but the tree has 6 edges"),
         ((*tree, "model.num_experts=8", "model.norm_topk_prob=true"), "model.norm_topk_prob"),
     ):
         config = load("configs/moe.yaml", values)

@@ -163,8 +163,12 @@ def moe_config(config: Config, data: ProcessedData) -> MoeConfig:
     if section.tree_depth:
         if section.norm_topk_prob:
             raise UserError("model.norm_topk_prob: a tree's leaves are always scaled to sum to 1")
-        if section.num_experts != ModelConfig().num_experts:
-            raise UserError("model.num_experts: a tree has as many as it has edges; leave it out")
+        edges = sum(section.tree_branching**d for d in range(1, section.tree_depth + 1))
+        if section.num_experts not in (ModelConfig().num_experts, edges):
+            raise UserError(
+                f"model.num_experts: {section.num_experts}, but the tree has {edges} edges, each"
+                " with an expert"
+            )
     own["intermediate_size"] = _feed_forward_width(config, section.num_experts_per_tok)
     return _model_config(config, data, MoeConfig, **own)
 
