@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Run the tests. usage: bash scripts/test.sh [pytest arguments]
+# Run the tests, two at a time. usage: bash scripts/test.sh [pytest arguments]
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-exec "$PYTHON" -m pytest -q "$@"
+exec "$PYTHON" -m pytest -q -n 2 --dist loadgroup "$@"
