@@ -53,6 +53,14 @@ def test_every_shipped_config_makes_a_model_config(path):
     data = types.SimpleNamespace(vocab_size=vocabulary, pad_id=0, separator_id=1)
     built = MODELS[config.model.type].config_from(config, data)
     assert built.hidden_size == config.model.hidden_size
+    if config.name == "c4-olmoe-1b-7b":
+        with torch.device("meta"):
+            model = MODELS["moe"].build(built)
+        size = sum(p.numel() for p in model.parameters())
+        assert size == 6_919_161_856 and built.parameter_counts()["active"] == 1_282_017_280
+        assert built.flops_per_token(1024) == 2_424_897_536  # by hand as in test_modeling_moe
+        assert size * 2 / 1e9 == pytest.approx(14, rel=0.02)  # bytes: bfloat16; float32 and AdamW
+        assert size * 16 / 1e9 == pytest.approx(111, rel=0.01)
     if config.name in PUBLISHED:
         counts = built.parameter_counts()
         assert counts["total"] - counts["routers"] == PUBLISHED[config.name]
