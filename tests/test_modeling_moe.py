@@ -171,6 +171,24 @@ def test_losses_by_hand():
     assert torch.allclose(squares, torch.stack(by_hand))
 
 
+def test_layers_that_take_turns_are_balanced_in_sum_alone():
+    """Two layers of two experts, each using one: the pooled loss is least, each one's largest."""
+
+    def layer(expert: int) -> Routing:
+        probs = torch.zeros(4, 2)
+        probs[:, expert] = 1.0
+        chosen = torch.full((4, 1), expert)
+        return Routing(probs, probs, chosen, chosen, torch.ones(4, 1))
+
+    routings = (layer(0), layer(1))
+    pooled = make(num_hidden_layers=2, num_experts=2, num_experts_per_tok=1)
+    apart = make(
+        num_hidden_layers=2, num_experts=2, num_experts_per_tok=1, router_aux_loss_per_layer=True
+    )
+    assert pooled.router_losses(routings, None)["aux_loss"] == 1.0
+    assert apart.router_losses(routings, None)["aux_loss"] == 2.0
+
+
 def test_losses_are_weighed_in_training_alone_and_once_per_step():
     model = make("cross_layer", router_z_loss_coef=0.5, routing_offset_coef=0.25)
     for router in model.model.routers():

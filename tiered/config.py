@@ -305,6 +305,11 @@ class ModelConfig:
     dense_intermediate_size: int = opt(
         0, "moe: its width; 0: that of all experts of a token together", low=0
     )
+    router_aux_loss_per_layer: bool = opt(
+        False,
+        "moe: that loss is of every layer (arXiv:2101.03961); off: of the sum of all layers, as in"
+        " transformers, where layers may take turns",
+    )
     router_z_loss_coef: float = opt(1e-3, "moe: weight of the router z-loss", low=0)
     balance_update_rate: float = opt(
         0.0,

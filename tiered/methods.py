@@ -59,7 +59,13 @@ OWN_FIELDS = {  # of the model section, by family; the others are of all familie
     "moe": (
         *("intermediate_size", "num_experts", "num_experts_per_tok", "norm_topk_prob"),
         *("num_shared_experts", "num_dense_layers", "dense_intermediate_size"),
-        *("router_aux_loss_coef", "router_z_loss_coef", "balance_update_rate", "freeze_router"),
+        *(
+            "router_aux_loss_coef",
+            "router_aux_loss_per_layer",
+            "router_z_loss_coef",
+            "balance_update_rate",
+            "freeze_router",
+        ),
         *("routing_stream_size", "routing_offset_coef", "expert_bank_layers"),
         *("tree_depth", "tree_branching"),
     ),

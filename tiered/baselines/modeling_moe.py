@@ -44,7 +44,9 @@ class MoeConfig(OlmoeConfig):
     arXiv:2401.06066). num_dense_layers: the first layers have one feed-forward block of
     dense_intermediate_size (0: all experts' that a token uses together). router_z_loss_coef
     (arXiv:2202.08906) and router_aux_loss_coef weigh losses, in training only.
-    balance_update_rate: loss-free balancing (arXiv:2408.15664), 0 for none. freeze_router keeps the
+    router_aux_loss_per_layer: balance every layer (arXiv:2101.03961), not the sum of all layers
+    as transformers does. balance_update_rate: loss-free balancing (arXiv:2408.15664), 0 for none.
+    freeze_router keeps the
     gates at their random start (an ablation).
 
     routing_stream_size: Z > 0 routes every layer by a stream of its own, with one gate for all
@@ -61,6 +63,7 @@ class MoeConfig(OlmoeConfig):
     num_dense_layers: int = 0
     dense_intermediate_size: int = 0
     router_z_loss_coef: float | int = 0.001
+    router_aux_loss_per_layer: bool = False
     balance_update_rate: float | int = 0.0
     freeze_router: bool = False
     routing_stream_size: int = 0
@@ -939,6 +942,9 @@ class MoeForCausalLM(MoePreTrainedModel, GenerationMixin):
         if self.config.routing_stream_size:
             offset = torch.stack([m.weight.float().square().mean() for m in routers]).mean()
         balancing = balancing_loss(routings, valid)
+        if self.config.router_aux_loss_per_layer:
+            apart = [balancing_loss((routing,), valid) for routing in routings]
+            balancing = torch.stack(apart).mean()
         return {"aux_loss": balancing, "z_loss": z, "offset_loss": offset}
 
     def weighted(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
