@@ -16,6 +16,7 @@ from tiered.store import read_json
 
 LINES = ("-", "--", ":", "-.")
 DRAWN = 256  # experts of a layer, at most, of which the use by domain is drawn
+BANDS = 64  # experts of a layer whose load through training is drawn
 FLOWS = 4  # domains whose flow is drawn as a plot; the page has the table of every domain
 
 
@@ -263,14 +264,15 @@ def plot_training(moments: list[dict[str, Any]]) -> plt.Figure | None:
     layers = loads.shape[1]
     figure, panels = _panels(layers + 2, 6.0, 2.8)
     for g, axes in enumerate(panels[:layers]):
-        order = loads[-1, g].argsort()[::-1][:64]
+        order = loads[-1, g].argsort()[::-1][:BANDS]
         stacked = loads[:, g, order].T
         shades = plt.get_cmap("Greys")(np.linspace(0.15, 0.75, len(order)))
         axes.stackplot(steps, stacked, colors=shades, edgecolor="white", linewidth=0.3)
         axes.set_ylim(0, 1)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("share of uses")
-        axes.set_title(f"layer {g}: one band per expert", fontsize=10)
+        some = f", the {BANDS} busiest of {loads.shape[2]}" if loads.shape[2] > BANDS else ""
+        axes.set_title(f"layer {g}: one band per expert{some}", fontsize=10)
     for axes, name, text in (
         (panels[layers], "max_violation", "MaxVio"),
         (panels[layers + 1], "nmi", "NMI of domain and expert"),
