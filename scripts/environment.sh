@@ -2,12 +2,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV=${VENV:-.venv}
-if [ ! -f "$VENV/.complete" ] || [ requirements.txt -nt "$VENV/.complete" ]; then
+complete="$VENV/.complete"
+if [ ! -f "$complete" ] || [ requirements.txt -nt "$complete" ] ||
+  [ scripts/environment.sh -nt "$complete" ]; then
   echo "making $VENV (a few minutes, about 2 GB)"
   "${PYTHON:-python3}" -m venv "$VENV"
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt \
-    'pytest>=9,<10' 'ruff>=0.17,<0.18'
-  touch "$VENV/.complete"
+    'pytest>=9,<10' 'pytest-xdist>=3.8,<4' 'ruff>=0.17,<0.18'
+  touch "$complete"
 fi
 PYTHON="$VENV/bin/python"
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=false
