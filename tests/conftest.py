@@ -19,6 +19,7 @@ from tiered.domains import CODES
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file's tests share fixtures, and those of the tiny pipeline that: one worker runs them."""
     tiny_too = {item.path for item in items if "tiny" in getattr(item, "fixturenames", ())}
