@@ -19,15 +19,6 @@ from tiered.domains import CODES
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests share fixtures, and those of the tiny pipeline that: one worker runs them."""
-    tiny_too = {item.path for item in items if "tiny" in getattr(item, "fixturenames", ())}
-    for item in items:
-        group = "tiny" if item.path in tiny_too else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def sample_texts() -> dict[str, str]:
     """The first document of every language of the sample corpus."""
