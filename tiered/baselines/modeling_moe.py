@@ -46,8 +46,7 @@ class MoeConfig(OlmoeConfig):
     (arXiv:2202.08906) and router_aux_loss_coef weigh losses, in training only.
     router_aux_loss_per_layer: balance every layer (arXiv:2101.03961), not the sum of all layers
     as transformers does. balance_update_rate: loss-free balancing (arXiv:2408.15664), 0 for none.
-    freeze_router keeps the
-    gates at their random start (an ablation).
+    freeze_router keeps the gates at their random start (an ablation).
 
     routing_stream_size: Z > 0 routes every layer by a stream of its own, with one gate for all
     layers and a small offset per layer, weighed by routing_offset_coef. expert_bank_layers:
@@ -168,12 +167,10 @@ class MoeConfig(OlmoeConfig):
         least = dict.fromkeys(("num_attention_heads", "num_hidden_layers", "intermediate_size"), 1)
         least |= dict.fromkeys(("num_experts", "num_experts_per_tok", "expert_bank_layers"), 1)
         least |= {"num_key_value_heads": 1, "tree_branching": 2}
-        for key in ("num_shared_experts", "dense_intermediate_size", "routing_stream_size"):
-            least[key] = 0
-        for key in ("balance_update_rate", "router_z_loss_coef", "router_aux_loss_coef"):
-            least[key] = 0
-        for key in ("tree_depth", "routing_offset_coef", "num_dense_layers"):
-            least[key] = 0
+        sizes = ("num_shared_experts", "dense_intermediate_size", "routing_stream_size")
+        rates = ("balance_update_rate", "router_z_loss_coef", "router_aux_loss_coef")
+        others = ("tree_depth", "routing_offset_coef", "num_dense_layers")
+        least |= dict.fromkeys((*sizes, *rates, *others), 0)
         for key, low in least.items():
             self._require(key, getattr(self, key) >= low, f"{low} or more")
         heads, leaf = self.num_attention_heads, self.tree_branching**self.tree_depth
@@ -303,7 +300,8 @@ class Router(nn.Module):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(load)
         living = torch.ones_like(load).bool() if self.living is None else self.living
-        sign = (load[living].mean() - load).sign() * living
+        # of no unit the mean is nan, which no product with 0 takes back
+        sign = torch.where(living, (load[living].mean() - load).sign(), 0.0)
         self.balance += self.config.balance_update_rate * sign
         self.load = None
 
