@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import run_stages, tiny_project
+from tiered.baselines.modeling_moe import MoeForCausalLM
 from tiered.config import load
 from tiered.data import ProcessedData
 from tiered.experts import expert_masks, expert_scores, experts_of, mean_expert_weights
@@ -20,7 +21,7 @@ from tiered.recorder import RoutingRecorder
 from tiered.report import build
 from tiered.router import load_models, run_models
 from tiered.store import UserError, read_json, tree_hashes
-from tiered.training import expert_devices
+from tiered.training import expert_devices, train_partition
 
 WATCHED = "eval: {expert_rows: 6, expert_ablations: 2, flow_tokens: 10}\n"
 CONFIGS = {
@@ -196,6 +197,21 @@ def test_training_is_watched_and_not_changed(project, tmp_path):
     # the biases of loss-free balancing have moved, by whole steps of the rate
     balance = load_file(alone / file)["model.layers.0.mlp.gate.balance"]
     assert balance.any() and torch.allclose(balance / 1e-3, (balance / 1e-3).round(), atol=1e-2)
+
+
+def test_an_added_domains_model_is_spread_too(project, tmp_path, monkeypatch):
+    for name in ("configs", "raw"):
+        shutil.copytree(project / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    values = ("data.domains=[si,de,en]", "data.added_domains=[hi]")
+    values += ("training.added_from=nearest", "training.expert_devices=2")
+    run_stages(tmp_path, ("process_dset",), "configs/moe.yaml", *values)
+    config = load("configs/moe.yaml", values)
+    data, partitions, spread = ProcessedData(config), make_partition_map(config), []
+    monkeypatch.setattr(MoeForCausalLM, "spread_experts", lambda _, devices: spread.append(devices))
+    folder = train_partition(config, data, partitions, 1)  # trains the one it starts from first
+    assert read_json(folder / "record.json")["started_from"]["partition"] == 0
+    assert spread == [[torch.device("cpu")] * 2] * 2
 
 
 def test_purging_a_domains_experts_reaches_the_benchmark(project, monkeypatch):

@@ -491,6 +491,20 @@ def test_a_purged_unit_is_not_brought_back_by_its_bias():
 # --- sizes and mistakes -----------------------------------------------------------------------
 
 
+def test_biases_rest_where_every_expert_of_a_layer_is_purged():
+    model = make("loss_free", balance_update_rate=0.5, num_hidden_layers=2)
+    first, second = model.model.routers()
+    keep = torch.ones(2, model.config.num_experts).bool()
+    keep[0] = False
+    model.purge_experts(keep, renormalize=True)
+    before = first.balance.clone()
+    for router in (first, second):
+        router.load = torch.arange(float(model.config.num_experts))
+        router.update_balance()
+    assert torch.equal(first.balance, before) and second.balance.isfinite().all()
+    assert second.balance.abs().max() == 0.5
+
+
 def test_others_take_the_place_of_purged_experts_in_training_too():
     """Loss-free balancing evens out those that are left; the purged keep their bias."""
     model = make("loss_free", balance_update_rate=0.01, initializer_range=0.3).train()

@@ -266,10 +266,7 @@ def train_partition(
         model = kind.build(model_config)
         if start is not None:
             branching.initialise(model, start)
-        branching.add_dropout(model, config.training.dropout)
-        if spreads_experts(config):
-            model.spread_experts(expert_devices(config))
-        return model
+        return _prepared(model, config)
 
     def finish(model: PreTrainedModel, path: Path) -> dict[str, Any]:
         _copy_tokenizer(data, path)
@@ -278,6 +275,14 @@ def train_partition(
     ordered = _in_order(config, data, partitions, k, job, blocks, counts)
     fit(config, job, make, ordered, finish)
     return folder
+
+
+def _prepared(model: PreTrainedModel, config: Config) -> PreTrainedModel:
+    """The model with what training adds to it: dropout, and devices for its experts."""
+    branching.add_dropout(model, config.training.dropout)
+    if spreads_experts(config):
+        model.spread_experts(expert_devices(config))
+    return model
 
 
 def _copy_tokenizer(data: ProcessedData, path: Path) -> None:
@@ -355,8 +360,7 @@ def _adapt(
     def make() -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(start)
         shared_trunk.freeze_shared(model, start)
-        branching.add_dropout(model, config.training.dropout)
-        return model
+        return _prepared(model, config)
 
     def finish(model: PreTrainedModel, path: Path) -> dict[str, Any]:
         _copy_tokenizer(data, path)
