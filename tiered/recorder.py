@@ -185,19 +185,18 @@ class RoutingRecorder:
         self.where[g] = both.gather(1, order[..., None].expand(-1, -1, 3))
 
     def _add_continuity(self, used: list[torch.Tensor]) -> None:
-        for first in range(len(used)):
-            lasting = used[first]
+        for first in range(len(used) - 1):
+            lasting, could = used[first], used[first].count_nonzero()
             for steps in range(1, len(used) - first):
                 lasting = lasting & used[first + steps]
-                self.stays[steps] += lasting.sum()
-                self.chances[steps] += used[first].sum()
+                self.stays[steps] += lasting.count_nonzero()
+                self.chances[steps] += could
 
     def _add_paths(self, d: int, tops: torch.Tensor) -> None:
-        paths, counts = tops.unique(dim=0, return_counts=True)
         counter = self.paths[d]
-        for path, count in zip(paths.tolist(), counts.tolist(), strict=True):
-            if len(counter) < PATHS or tuple(path) in counter:
-                counter[tuple(path)] += count
+        for path, count in Counter(map(tuple, tops.tolist())).items():
+            if len(counter) < PATHS or path in counter:
+                counter[path] += count
             else:
                 self.pathless[d] += count
 

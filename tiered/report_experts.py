@@ -188,7 +188,7 @@ def plot_domains(found: dict[str, Any]) -> plt.Figure:
     """Per layer: share of every domain's weight that goes through every expert, experts in order
     of the domain that uses them most."""
     groups, domains = found["groups"], found["domains"]
-    figure, panels = _panels(len(groups), 6.5, 0.9 + 0.2 * len(domains))
+    figure, panels = _panels(len(groups), 6.5, max(1.7, 0.9 + 0.2 * len(domains)))
     for g, (axes, group) in enumerate(zip(panels, groups, strict=True)):
         share = np.array(group["share_of_domain"])
         drawn = np.argsort(-share.max(0), kind="stable")[:DRAWN]
@@ -203,7 +203,8 @@ def plot_domains(found: dict[str, Any]) -> plt.Figure:
         axes.set_title(f"layer {g}", fontsize=10)
         if share.shape[1] <= 32:
             axes.set_xticks(range(len(order)), order.tolist(), fontsize=7)
-    figure.colorbar(image, ax=panels, extend="max", label="weight, over an equal share")
+    figure.colorbar(image, ax=panels, extend="max")
+    figure.suptitle("weight, over an equal share", fontsize=10)  # longer than two domains are high
     return figure
 
 
@@ -223,7 +224,8 @@ def plot_divergence(found: dict[str, Any]) -> plt.Figure | None:
         axes.set_xticks(range(len(domains)), domains, rotation=90)
         axes.set_yticks(range(len(domains)), domains)
         axes.set_title(f"layer {g}", fontsize=10)
-    figure.colorbar(image, ax=panels, label="Jensen-Shannon divergence (bits)")
+    figure.colorbar(image, ax=panels)
+    figure.suptitle("Jensen-Shannon divergence (bits)", fontsize=10)
     return figure
 
 
