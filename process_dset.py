@@ -6,6 +6,9 @@ Writes  data/processed/<key>/ (tokenizer/, <domain>/<split>/, manifest.json), wh
 
     python process_dset.py configs/quickstart/n16.yaml                  # CPU, bundled sample
     python process_dset.py configs/c4/n16.yaml data.num_proc=16
+
+Reading can be shared by calls on several machines: with data.task_count=8 data.task_index=0 .. 7
+each reads its own source files and stops; the call without them then does the rest.
 """
 
 from tiered import processing
@@ -18,7 +21,10 @@ def main(config: Config) -> None:
     """Processed data of one experiment's present domains."""
     # 1. where it goes, and who works on it
     folder = processed_folder(config)
-    with processes(min(config.data.num_proc, len(config.data.domains))) as pool:
+    with processes(config.data.num_proc) as pool:
+        if config.data.task_count > 1:
+            print(processing.read_share(config, pool))
+            return
         # 2. raw text -> cleaned text: normalise, filter, deduplicate, domain by domain
         processing.clean_present_domains(config, pool)
         # 3. the tokenizer all partitions share

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.test_processing import change, make_config, make_texts, run, stored, write_corpus
-from tiered import processing
+from tiered import cleaning
 from tiered.config import Config
 from tiered.data import ProcessedData, position_ids, processed_folder, unigram_log_probs
 from tiered.store import UserError
@@ -35,7 +35,7 @@ def config(tmp_path_factory) -> Config:
         repeat_domains=("en",),
     )
     patch = pytest.MonkeyPatch()
-    patch.setattr(processing, "BATCH_DOCUMENTS", 16)
+    patch.setattr(cleaning, "BATCH_DOCUMENTS", 16)
     patch.setattr("datasets.config.DEFAULT_MAX_BATCH_SIZE", 16)
     run(config)
     patch.undo()

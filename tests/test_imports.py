@@ -11,9 +11,12 @@ LEAVES = {"domains", "metrics", "statistics", "store"}
 ALLOWED = {
     "config": {"domains", "store"},
     "partition": {"config", "domains", "store"},
-    "cleaning": {"config", "domains", "store"},
+    "cleaning": {"config", "domains", "sources", "store"},
+    "sources": {"config", "store"},
     "tokenization": {"store"},
-    "processing": {"cleaning", "config", "data", "store", "tokenization", "workers"},
+    "processing": {
+        *("cleaning", "config", "data", "sources", "store", "tokenization", "workers"),
+    },
     "data": {"config", "domains", "store"},
     "modeling_tiered": set(),
     "checkpoint": {"store"},

@@ -245,7 +245,7 @@ def same_data(worlds: tuple[Path, Path], name: str, domains: tuple[str, ...]) ->
 
 @pytest.mark.parametrize("planted", [False, True])
 def test_balancing_by_the_minimum_over_domains_breaks_isolation(worlds, planted, monkeypatch):
-    name, honest = f"balanced-{planted}", processing.apply_budget
+    name, honest = f"balanced-{planted}", processing.budget_of
     for world in worlds:
         everything = ("data.tokens_per_domain=0", "data.processed_dir=everything")
         run_here(world, ("process_dset",), monkeypatch, *everything)
@@ -253,10 +253,9 @@ def test_balancing_by_the_minimum_over_domains_breaks_isolation(worlds, planted,
         domains = read_json(manifest)["domains"].values()
         smallest = min(d["splits"]["train"]["tokens"] for d in domains)
         if planted:
-            balanced = lambda table, budget, least=smallest: honest(table, least)  # noqa: E731
-            monkeypatch.setattr(processing, "apply_budget", balanced)
+            monkeypatch.setattr(processing, "budget_of", lambda *_, least=smallest: least)
         run_here(world, ("process_dset",), monkeypatch, f"data.processed_dir={name}")
-        monkeypatch.setattr(processing, "apply_budget", honest)
+        monkeypatch.setattr(processing, "budget_of", honest)
     assert same_data(worlds, name, ("si", "de", "en")) != planted
 
 
@@ -265,13 +264,13 @@ def test_deduplication_across_domains_breaks_isolation(worlds, planted, monkeypa
     name = f"unique-{planted}"
     for world in worlds:
         if planted:
-            seen: set[str] = set()
+            seen: set[int] = set()
 
-            def drop_seen_anywhere(documents, counts, seen=seen):
-                fresh = [d for d in documents if d[0] not in seen]
-                counts["exact_duplicate"] += len(documents) - len(fresh)
-                seen.update(i for i, _ in fresh)
-                return fresh
+            def drop_seen_anywhere(chunks, seen=seen):
+                for chunk in chunks:
+                    chunk.kept &= [i not in seen for i in chunk.index()["id"].tolist()]
+                    seen.update(chunk.index()["id"][chunk.kept].tolist())
+                return 0
 
             monkeypatch.setattr(cleaning, "drop_exact_duplicates", drop_seen_anywhere)
         run_here(world, ("process_dset",), monkeypatch, f"data.processed_dir={name}")

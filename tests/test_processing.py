@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 import process_dset
 from tiered import cleaning, processing, tokenization
-from tiered.config import SPLITS, Config, DataConfig, TokenizerConfig
+from tiered.config import SPLITS, Config, DataConfig, TokenizerConfig, check
 from tiered.data import processed_folder, processed_key
 from tiered.store import UserError, tree_hashes
 
@@ -181,7 +181,7 @@ def test_every_injected_document_is_dropped_by_its_filter_and_counted(tmp_path):
     assert {cleaning.document_id(t) for t in shared} <= ids[0] & ids[1]
 
 
-def test_near_duplicates_agree_with_brute_force_jaccard():
+def test_near_duplicates_agree_with_brute_force_jaccard(tmp_path):
     rng = random.Random(0)
     documents = []
     for text in make_texts("zh", 12) + make_texts("en", 12):
@@ -191,6 +191,12 @@ def test_near_duplicates_agree_with_brute_force_jaccard():
                 letters[place] = rng.choice(ALPHABETS["de"])
             documents.append("".join(letters))
     pairs = sorted((cleaning.document_id(t), t) for t in documents)
+    data = DataConfig()
+    for i in range(3):  # chunks of a shard
+        cleaning.write_chunk([(t, 0) for t in documents[i::3]], data, tmp_path / str(i))
+    chunks = [cleaning.Chunk(tmp_path / str(i), 0, 1) for i in range(3)]
+    exact = len(pairs) - len(set(documents))
+    assert cleaning.drop_exact_duplicates(chunks) == exact
 
     def shingles(text: str) -> set[str]:
         text = " ".join(text.lower().split())
@@ -202,10 +208,13 @@ def test_near_duplicates_agree_with_brute_force_jaccard():
         if all(len(found & shingles(k)) / len(found | shingles(k)) < 0.8 for k in kept):
             kept.append(text)
     # the edits put every pair's similarity above 0.9 or below 0.6: an estimate cannot err.
-    counts = Counter()
-    found = cleaning.drop_near_duplicates(pairs, 0.8, counts)
-    assert [t for _, t in found] == kept and counts["near_duplicate"] == len(pairs) - len(kept)
-    assert counts["near_duplicate"] == 24
+    assert (
+        cleaning.drop_near_duplicates(chunks, 0.8) == len(pairs) - len(kept) - exact == 24 - exact
+    )
+    found = {
+        t for c in chunks for t, k in zip(c.texts(0, 24).to_pylist(), c.kept, strict=True) if k
+    }
+    assert found == set(kept)
 
 
 def test_result_does_not_depend_on_the_order_of_files_and_records(corpus, tmp_path, bpe):
@@ -232,6 +241,100 @@ def test_result_does_not_depend_on_the_order_of_files_and_records(corpus, tmp_pa
     assert all(m["dropped"]["exact_duplicate"] == 7 for m in results[0].values())
 
 
+def test_sizes_of_chunks_and_parts_change_no_byte_of_a_domain(corpus, tmp_path, monkeypatch):
+    """Text in many chunks, compared in many slices, is the text that fits into one of each."""
+    for domain in ("en", "zh"):
+        texts = [json.loads(x)["text"] for x in (corpus / domain / "part-0.jsonl").open()]
+        texts += [
+            texts[3].replace(" ", "  "),
+            texts[7],
+            *(t[:50] + "q" + t[51:] for t in texts[:9]),
+        ]
+        write_lines(tmp_path / "raw" / domain / "a.jsonl", texts[:70])
+        write_lines(tmp_path / "raw" / domain / "b.jsonl", texts[70:])
+    config = make_config(tmp_path / "raw", tmp_path / "whole", domains=("en", "zh"))
+    whole, splits = run(config)["domains"], {}
+    assert {m["dropped"]["near_duplicate"] for m in whole.values()} == {9}
+    assert whole["en"]["dropped"]["exact_duplicate"] == 2  # zh has no spaces to differ in
+    for name, value in (("CHUNK_BYTES", 3000), ("COMPARED", 7), ("PART_BYTES", 20_000)):
+        with monkeypatch.context() as patch:
+            patch.setattr(cleaning, name, value)
+            other = change(config, processed_dir=str(tmp_path / name))
+            found = run(other)["domains"]
+        splits[name] = {d: m["splits"] for d, m in found.items()}
+        assert splits[name] == {d: m["splits"] for d, m in whole.items()}
+        same = name != "PART_BYTES"  # the order of documents is, Arrow's batches are not
+        for domain in ("en", "zh"):
+            trees = [tree_hashes(processed_folder(c) / domain) for c in (config, other)]
+            assert (trees[0] == trees[1]) == same
+            assert (found[domain]["parts"] > 1) != same
+
+
+def test_a_shard_holds_what_is_left_of_a_file_and_goes_when_it_is_merged(corpus, tmp_path):
+    shutil.copytree(corpus / "en", tmp_path / "raw/en")
+    config = make_config(tmp_path / "raw", tmp_path / "out", domains=("en",))
+    (path,) = (tmp_path / "raw/en").iterdir()
+    assert cleaning.read_shard(config, "en", str(path)) == 120
+    folder = cleaning.shard_folder(config, "en", str(path))
+    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    assert cleaning.read_shard(config, "en", str(path)) == 120  # it is there
+    assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    assert np.load(folder / "verdicts.npy").tolist() == [cleaning.KEPT] * 120
+    index, texts = np.load(folder / "00000.index.npy"), pq.read_table(folder / "00000.parquet")
+    for entry, text in zip(index, texts["text"].to_pylist(), strict=True):
+        assert f"{entry['id']:016x}" == cleaning.document_id(text)
+        assert entry["bytes"] == len(text.encode())
+    assert (np.diff(index["position"].astype(float)) > 0).all()
+    run(config)
+    assert not list((tmp_path / "out").rglob(".shards/en/*"))
+
+
+def test_as_many_files_are_read_as_the_records_asked_for_need(corpus, tmp_path):
+    """With several workers, too: what they read beyond that, and its faults, do not count."""
+    texts = [json.loads(x)["text"] for x in (corpus / "en" / "part-0.jsonl").open()]
+    for i in range(6):
+        write_lines(tmp_path / "raw" / "en" / f"{i}.jsonl", texts[20 * i : 20 * i + 20])
+    (tmp_path / "raw" / "en" / "3.jsonl").write_bytes(b"{broken\n" * 200)
+    results = []
+    for workers in (1, 3):
+        out = tmp_path / str(workers)
+        config = make_config(
+            tmp_path / "raw", out, domains=("en",), num_documents=55, num_proc=workers
+        )
+        results.append(run(config))
+        assert results[-1]["domains"]["en"]["read"] == 55
+        files = results[-1]["domains"]["en"]["source"]["files"]
+        assert [files[f"en/{i}.jsonl"] is not None for i in range(6)] == [True] * 3 + [False] * 3
+    assert results[0] == results[1]
+    message = error_of(change(config, num_documents=61, max_broken_records=0))
+    assert "3.jsonl: record 1 of domain en is broken" in message
+
+
+@pytest.mark.parametrize("records", [0, 70])
+def test_tasks_that_share_the_files_change_no_byte(corpus, tmp_path, records, capsys):
+    texts = [json.loads(x)["text"] for x in (corpus / "en" / "part-0.jsonl").open()]
+    for i in range(6):
+        write_lines(tmp_path / "raw" / "en" / f"{i}.jsonl", texts[20 * i : 20 * i + 20])
+    shutil.copytree(corpus / "hi", tmp_path / "raw" / "hi")
+    config = make_config(tmp_path / "raw", tmp_path / "one", num_documents=records)
+    whole = run(config)
+    for count in (2, 8):
+        shared = change(config, processed_dir=str(tmp_path / str(count)))
+        for index in reversed(range(count)):
+            process_dset.main(change(shared, task_count=count, task_index=index))
+            assert not processed_folder(shared).exists()
+        found = list((tmp_path / str(count)).rglob("shard.json"))
+        # of 70 records each of 2 tasks reads 35: two files of en, of hi the one file there is
+        assert len(found) == {(0, 2): 7, (0, 8): 7, (70, 2): 5, (70, 8): 7}[records, count]
+        assert run(shared) == whole
+        for domain in ("en", "hi"):
+            trees = [tree_hashes(processed_folder(c) / domain) for c in (config, shared)]
+            assert trees[0] == trees[1]
+    assert "task 1 of 2: 3 files of 2 domains" in capsys.readouterr().out or records
+    with pytest.raises(UserError, match=r"data.task_index: 2 is not below data.task_count = 2"):
+        check(change(config, task_count=2, task_index=2))
+
+
 # --- splits, budget, repeats ---
 
 
@@ -242,24 +345,37 @@ def test_splits_are_disjoint_and_follow_the_salted_hash(bpe):
         assert len(ids) == len(set(ids)) == 120
         for k, split in enumerate(SPLITS):
             found = columns[split].get("document_id", [])
-            place = processing.positions(found, bpe.data.split_seed)
+            seed = bpe.data.split_seed
+            place = np.array([cleaning.position(i, seed) for i in found]) / cleaning.POSITIONS
             low = sum(bpe.data.split_shares[s] for s in SPLITS[:k]) / 100
             high = low + bpe.data.split_shares[split] / 100
             assert ((place >= low - 1e-12) & (place < high + 1e-12)).all()
             assert (np.diff(place) > 0).all()
     names = [f"{i:016x}" for i in range(20000)]
-    shares = {s: len(o) / 200 for s, o in processing.split_order(names, DataConfig()).items()}
+
+    def split_of(seed: int) -> np.ndarray:
+        place = [cleaning.position(name, seed) / cleaning.POSITIONS for name in names]
+        ranges = [processing.split_range(DataConfig(), split) for split in SPLITS]
+        inside = np.array(
+            [(low <= np.array(place)) & (np.array(place) < high) for low, high in ranges]
+        )
+        assert (inside.sum(0) == 1).all()
+        return inside.argmax(0)
+
+    shares = np.bincount(split_of(0)) / 200
     # binomial standard error of a 60 % share of 20,000 is 0.35 percentage points.
-    assert all(abs(shares[s] - DataConfig().split_shares[s]) < 1.5 for s in SPLITS)
-    other = processing.split_order(names, DataConfig(split_seed=1))["test"]
-    assert len(set(other) & set(processing.split_order(names, DataConfig())["test"])) < 300
+    for split, share in zip(SPLITS, shares, strict=True):
+        assert abs(share - DataConfig().split_shares[split]) < 1.5
+    test = SPLITS.index("test")
+    assert ((split_of(0) == test) & (split_of(1) == test)).sum() < 300
 
 
-def test_a_split_of_share_zero_stays_empty():
+def test_a_split_of_share_zero_is_empty():
     shares = {"train": 50, "validation": 0, "test": 50, "router": 0, "holdout": 0, "calibration": 0}
-    names = [f"{i:016x}" for i in range(500)]
-    order = processing.split_order(names, DataConfig(split_shares=shares))
-    assert [len(order[s]) > 0 for s in SPLITS] == [shares[s] > 0 for s in SPLITS]
+    data = DataConfig(split_shares=shares)
+    found = {split: processing.split_range(data, split) for split in SPLITS}
+    assert found["train"] == (0, 0.5) and found["test"] == (0.5, 1)
+    assert all((low == high) == (shares[s] == 0) for s, (low, high) in found.items())
 
 
 def test_budget_keeps_the_first_documents_and_records_the_rest(corpus, tmp_path):
@@ -274,8 +390,8 @@ def test_budget_keeps_the_first_documents_and_records_the_rest(corpus, tmp_path)
     keep = next(i for i in range(len(lengths)) if sum(lengths[: i + 1]) >= 5000) + 1
     train = cut["en"]["splits"]["train"]
     assert (train["documents"], train["tokens"]) == (keep, sum(lengths[:keep]))
-    unused = {"documents": len(lengths) - keep, "tokens": sum(lengths[keep:])}
-    assert cut["en"]["unused"] == unused and cut["en"]["shortfall_tokens"] == 0
+    assert cut["en"]["unused_documents"] == len(lengths) - keep
+    assert full["en"]["unused_documents"] == cut["en"]["shortfall_tokens"] == 0
     train = full["hi"]["splits"]["train"]
     assert cut["hi"]["splits"]["train"] == train
     assert cut["hi"]["shortfall_tokens"] == 10**9 - train["tokens"]
@@ -631,7 +747,10 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(tmp_path, case):
     message = error_of(config)
     for part in BAD[case]:
         assert part in message, message
-    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    found = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    # of a domain that is empty only what was read of its files
+    assert all(".shards" in p.parts and (p.parent / "hashes.json").exists() for p in found)
+    assert bool(found) == (case == "too short")
 
 
 def test_source_that_is_nowhere_is_named(tmp_path, monkeypatch):
@@ -715,7 +834,7 @@ def test_workers_end_with_a_killed_script_and_the_next_run_is_complete(tmp_path)
 
 def test_failure_in_one_domain_keeps_the_others(corpus, tmp_path, monkeypatch):
     config = make_config(corpus, tmp_path)
-    original = processing.split_summary
+    original = processing.DomainWriter.add
     calls = []
 
     def fail_later(*args):
@@ -724,7 +843,7 @@ def test_failure_in_one_domain_keeps_the_others(corpus, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(processing, "split_summary", fail_later)
+    monkeypatch.setattr(processing.DomainWriter, "add", fail_later)
     with pytest.raises(KeyboardInterrupt):
         process_dset.main(config)
     folder = processed_folder(config)

@@ -1,35 +1,36 @@
-"""Raw text -> cleaned documents of a domain: source files, records, filters, duplicates.
+"""Raw text -> cleaned documents of a domain, in bounded memory: filters, shards, duplicates, parts.
 
-Everything here is domain-local and independent of file order: what is kept of a domain is a
-function of its own raw text and the config. Cleaned text is stored by the hash of what decides it:
+    <processed_dir>/.clean/<key>/.shards/<domain>/<shard>/  documents of one source file that passed
+                                                            the filters, in chunks; until merged
+    <processed_dir>/.clean/<key>/<domain>/                  part-00000.parquet ..: those that are no
+                                                            duplicates, in order of their position
 
-    <processed_dir>/.clean/<key>/<domain>/   documents.parquet in the order of document ids
+A document's position is a salted hash of its id in [0, 1): splits are ranges of it. What is kept of
+a domain is a function of its own raw text and the config, never of the order of files, of how text
+is spread over them, of the number of processes, or of how often they were stopped.
 """
 
+import functools
 import hashlib
 import itertools
-import json
-import lzma
-import os
+import math
 import re
-import time
+import shutil
 import unicodedata
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import datasets
-import fsspec
-import httpx2
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from datasketch import MinHash, MinHashLSH
+from datasketch import MinHash
 
 from tiered.config import Config, DataConfig, plain
 from tiered.domains import script_share
+from tiered.sources import BATCH_DOCUMENTS, raw_records, source_changed, source_files, source_record
 from tiered.store import (
     UserError,
     atomic_folder,
@@ -42,9 +43,7 @@ from tiered.store import (
     write_json,
 )
 
-JSON_NAME = re.compile(r"\.jsonl?(\.(gz|bz2|xz))?$")
-TEXT_NAME = re.compile(r"\.txt(\.(gz|bz2|xz))?$")
-# Fields that decide the cleaned text; splits, budgets and the tokenizer come after it.
+# Fields that decide the cleaned text; shares, budgets and the tokenizer come after it.
 CLEAN_FIELDS = (
     "source",
     "revision",
@@ -61,253 +60,24 @@ CLEAN_FIELDS = (
     "exact_duplicates",
     "near_duplicate_threshold",
     "max_broken_records",
+    "split_seed",
 )
 FILTERS = ("broken", "too_short", "wrong_script", "exact_duplicate", "near_duplicate")
+KEPT, BROKEN, TOO_SHORT, WRONG_SCRIPT = range(4)  # verdicts on a record: the first filters
 # 5 characters: about a word of an alphabetic script and three of Chinese or Japanese.
 SHINGLE_CHARACTERS = 5
 PERMUTATIONS = 128
-BATCH_DOCUMENTS = 1000
+CHUNK_BYTES = 2**25  # of text that a process holds before it writes a chunk of its shard
+PART_BYTES = 2**25  # of text in a part of the cleaned domain, about
+SMALLEST_GROUP = 64  # documents of a chunk that are read together, at least
+LARGEST_GROUPS = 1024  # of a chunk
+COMPARED = 2**17  # documents whose hashes are compared at once
+POSITIONS = 2.0**53  # positions are multiples of 2^-53: what a float64 holds exactly
+INDEX = np.dtype(
+    [("position", "<u8"), ("id", "<u8"), ("words", "<u8", 2), ("record", "<u8"), ("bytes", "<u4")]
+)
 
-# --- source ---------------------------------------------------------------------------------
-
-
-def source_files(data: DataConfig, domain: str) -> list[str]:
-    """Files (paths or hf:// URLs) of a domain's raw text, sorted.
-
-    The source is a folder with a sub-folder per domain, or whatever load_dataset accepts as a
-    first argument (hub name, or a folder whose README.md has `configs:`). Raises UserError.
-    """
-    try:
-        name = data.config_name.format(domain=domain)
-    except (KeyError, IndexError, ValueError):
-        raise UserError(
-            f"data.config_name: {data.config_name!r} may hold {{domain}} and nothing else in braces"
-        ) from None
-    root = Path(data.source)
-    if root.is_dir() and not _has_configs(root):
-        return _folder_files(root / name, domain)
-    if not root.is_dir() and (root.exists() or root.is_absolute() or data.source.startswith(".")):
-        raise UserError(f"data.source: {data.source} is not a folder")
-    files = _open_builder(data, domain, name).config.data_files or {}
-    if data.source_split not in files:
-        raise UserError(
-            f"data.source_split: {data.source} has no split {data.source_split!r} for domain"
-            f" {domain} (it has {', '.join(map(str, files)) or 'none'})"
-        )
-    return sorted(str(file) for file in files[data.source_split])
-
-
-def _has_configs(root: Path) -> bool:
-    readme = root / "README.md"
-    return readme.is_file() and "\nconfigs:" in readme.read_text(encoding="utf-8")
-
-
-def _folder_files(folder: Path, domain: str) -> list[str]:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: domain {domain} has no folder in data.source")
-    names = sorted(p for p in folder.rglob("*") if p.is_file())
-    files = [str(p) for p in names if _format(p.name)]
-    if not files:
-        raise UserError(f"{folder}: no .jsonl, .json, .parquet or .txt file for domain {domain}")
-    return files
-
-
-def _format(name: str) -> str:
-    if JSON_NAME.search(name):
-        return "json"
-    if TEXT_NAME.search(name):
-        return "text"
-    return "parquet" if name.endswith(".parquet") else ""
-
-
-def _open_builder(data: DataConfig, domain: str, name: str) -> datasets.DatasetBuilder:
-    """The load_dataset builder of a domain; network faults are retried, then a UserError."""
-    where = f"data.source: {data.source}"
-    for attempt in itertools.count(1):
-        try:
-            return datasets.load_dataset_builder(data.source, name, revision=data.revision or None)
-        except ValueError as error:
-            raise UserError(
-                f"{where} has no configuration {name!r} for domain {domain}"
-                f" ({' '.join(str(error).split())})"
-            ) from None
-        except (OSError, httpx2.HTTPError) as error:
-            if Path(data.source).is_dir():
-                raise UserError(
-                    f"{where} has no files for domain {domain} ({' '.join(str(error).split())})"
-                ) from None
-            # a lasting 503 or 429 comes out of datasets as FileNotFoundError: not proof of absence.
-            offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-            if attempt == 3 or offline:
-                raise UserError(
-                    f"{where} is neither a folder here nor reachable on the hub for domain"
-                    f" {domain} ({' '.join(str(error).split())})"
-                ) from None
-            time.sleep(2.0**attempt)
-
-
-def source_record(data: DataConfig, files: list[str], read: set[str]) -> dict[str, Any]:
-    """What identifies raw text: each file's name with the sha256 of those that were read.
-
-    Hub files are identified by the commit in their URL.
-    """
-    record: dict[str, str | None] = {}
-    for file in files:
-        remote = "://" in file
-        name = file if remote else os.path.relpath(file, data.source)
-        record[name] = file_hash(Path(file)) if file in read and not remote else None
-    commits = {m.group(1) for f in files if (m := re.search(r"@([0-9a-f]{40})/", f))}
-    return {"files": record, "revision": ", ".join(sorted(commits)) or data.revision}
-
-
-def source_changed(data: DataConfig, domain: str, record: dict[str, Any]) -> bool:
-    """Whether local raw text differs from what a stored record was made of.
-
-    Raw text that is on the hub, or no longer there, cannot contradict the record.
-    """
-    if not Path(data.source).is_dir():
-        return False
-    try:
-        files = source_files(data, domain)
-    except UserError:
-        return False
-    read = {f for f in files if record["files"].get(os.path.relpath(f, data.source))}
-    return source_record(data, files, read)["files"] != record["files"]
-
-
-# --- records ---------------------------------------------------------------------------------
-
-
-def _check_text(value: Any) -> tuple[str | None, str]:
-    """(text, "") or (None, why it is broken)."""
-    if not isinstance(value, str):
-        return None, f"text is {type(value).__name__}, not a string"
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return None, "half a surrogate pair"
-    return value, ""
-
-
-def parse_line(line: bytes, column: str) -> tuple[str | None, str]:
-    """Text of one JSON line, or None and the reason why it is broken."""
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        return None, "not UTF-8"
-    except (ValueError, RecursionError):
-        return None, "not JSON"
-    if not isinstance(record, dict):
-        return None, "not a JSON object"
-    if column not in record:
-        return None, f"no column {column!r} (data.text_column); it has {', '.join(record)[:100]}"
-    return _check_text(record[column])
-
-
-def _json_records(path: str, data: DataConfig) -> Iterator[tuple[str | None, str]]:
-    with fsspec.open(path, "rb", compression="infer") as file:
-        for line in file:
-            if line.strip():
-                yield parse_line(line, data.text_column)
-
-
-def _parquet_records(path: str, data: DataConfig) -> Iterator[tuple[str | None, str]]:
-    with fsspec.open(path, "rb") as file:
-        table = pq.ParquetFile(file)
-        if data.text_column not in table.schema_arrow.names:
-            raise UserError(
-                f"data.text_column: {path} has no column {data.text_column!r}"
-                f" (it has {', '.join(table.schema_arrow.names)})"
-            )
-        for batch in table.iter_batches(BATCH_DOCUMENTS, columns=[data.text_column]):
-            values = batch.column(0)
-            if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-                values = values.cast(pa.large_binary())
-            for value in values.to_pylist():
-                yield _decode(value) if isinstance(value, bytes) else _check_text(value)
-
-
-def _decode(value: bytes) -> tuple[str | None, str]:
-    try:
-        return value.decode("utf-8-sig"), ""
-    except UnicodeDecodeError:
-        return None, "not UTF-8"
-
-
-def _text_records(path: str, data: DataConfig) -> Iterator[tuple[str | None, str]]:
-    with fsspec.open(path, "rb", compression="infer") as file:
-        content = file.read()
-    if data.text_unit == "file":
-        units = [content]
-    elif data.text_unit == "line":
-        units = content.splitlines()
-    else:
-        units = re.split(rb"(?:\r?\n[ \t]*){2,}", content)
-    for unit in units:
-        if unit.strip():
-            yield _decode(unit)
-
-
-def raw_records(path: str, data: DataConfig) -> Iterator[tuple[str | None, str]]:
-    """(text, "") or (None, reason) per record of a file; a damaged file is a UserError."""
-    readers = {"json": _json_records, "parquet": _parquet_records, "text": _text_records}
-    kind = _format(path)
-    if not kind:
-        raise UserError(f"{path}: not a .jsonl, .json, .parquet or .txt file")
-    number = 0
-    try:
-        for record in readers[kind](path, data):
-            number += 1
-            yield record
-    except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path}: truncated, damaged or unreadable after record {number}"
-            f" ({' '.join(str(error).split())})"
-        ) from None
-    except httpx2.HTTPError as error:
-        raise UserError(
-            f"{path}: connection lost after record {number} ({error}); finished domains are kept,"
-            " run again"
-        ) from None
-
-
-def read_texts(
-    data: DataConfig, domain: str, files: list[str], counts: Counter, read: set[str]
-) -> Iterator[str]:
-    """Texts of a domain's raw records `first_document` .. + `num_documents`.
-
-    counts["read"] and counts["broken"] are filled on the way, `read` gets the files opened.
-    Raises UserError naming file and record beyond data.max_broken_records broken records, and if
-    every record is broken.
-    """
-    path, number, why = "", 0, ""
-    stop = data.first_document + data.num_documents if data.num_documents else None
-    records = _numbered_records(files, data, read)
-    for path, number, text, reason in itertools.islice(records, data.first_document, stop):
-        counts["read"] += 1
-        if text is not None:
-            yield text
-            continue
-        counts["broken"], why = counts["broken"] + 1, reason
-        if counts["broken"] > data.max_broken_records:
-            raise UserError(
-                f"{path}: record {number} of domain {domain} is broken ({why}); more than"
-                f" data.max_broken_records = {data.max_broken_records}"
-            )
-    if counts["read"] and counts["broken"] == counts["read"]:
-        raise UserError(f"{path}: every record of domain {domain} is broken, the last one: {why}")
-
-
-def _numbered_records(
-    files: list[str], data: DataConfig, read: set[str]
-) -> Iterator[tuple[str, int, str | None, str]]:
-    for path in files:
-        read.add(path)
-        for number, (text, why) in enumerate(raw_records(path, data), 1):
-            yield path, number, text, why
-
-
-# --- cleaning --------------------------------------------------------------------------------
+# --- documents -------------------------------------------------------------------------------
 
 # Cc without newline and tab; format characters (Cf) stay: joiners are spelling in many scripts.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -327,55 +97,144 @@ def document_id(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def filter_texts(
-    texts: Iterable[str], data: DataConfig, domain: str, counts: Counter
-) -> list[tuple[str, str]]:
-    """(document id, cleaned text) of a domain's kept documents, sorted by id; drops are counted.
-
-    The verdict on a document never depends on the order of `texts`: duplicates are judged in the
-    order of ids and the first is kept.
-    """
-    kept = []
-    for raw in texts:
-        text = clean_text(raw, data)
-        if len(text) < max(1, data.min_characters):
-            counts["too_short"] += 1
-        elif data.min_script_share and script_share(text, domain) < data.min_script_share:
-            counts["wrong_script"] += 1
-        else:
-            kept.append((document_id(text), text))
-    kept.sort()
-    if data.exact_duplicates:
-        kept = drop_exact_duplicates(kept, counts)
-    if data.near_duplicate_threshold:
-        kept = drop_near_duplicates(kept, data.near_duplicate_threshold, counts)
-    return kept
+def position(name: str, seed: int) -> int:
+    """Salted hash of a document id, uniform in [0, 2^53): its place among a domain's documents."""
+    # 53 bits: what a float64 holds exactly, so no position rounds up to 1.
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]) >> 11
 
 
-def drop_exact_duplicates(
-    documents: list[tuple[str, str]], counts: Counter
-) -> list[tuple[str, str]]:
-    """Documents whose text differs from every earlier one's in more than white space."""
-    seen, kept = set(), []
-    for name, text in documents:
-        fingerprint = hashlib.sha256(" ".join(text.split()).encode()).digest()
-        if fingerprint in seen:
-            counts["exact_duplicate"] += 1
-        else:
-            seen.add(fingerprint)
-            kept.append((name, text))
-    return kept
+def verdict(text: str, data: DataConfig, domain: str) -> int:
+    """What the filters that look at one document say of a cleaned text."""
+    if len(text) < max(1, data.min_characters):
+        return TOO_SHORT
+    if data.min_script_share and script_share(text, domain) < data.min_script_share:
+        return WRONG_SCRIPT
+    return KEPT
 
 
-def min_hash(text: str) -> MinHash:
-    """MinHash of a text's set of character shingles (lower case, white space collapsed)."""
+def min_hash(text: str) -> np.ndarray:
+    """MinHash of a text's set of character shingles (lower case, white space collapsed):
+    (PERMUTATIONS,) uint32."""
     # 4 bytes per character: shingles are plain byte slices.
     data = " ".join(text.lower().split()).encode("utf-32-le")
     width = 4 * SHINGLE_CHARACTERS
     shingles = {data[i : i + width] for i in range(0, max(4, len(data) - width + 4), 4)}
     result = MinHash(PERMUTATIONS, seed=1, hashfunc=xxhash.xxh32_intdigest)
     result.update_batch(shingles)
-    return result
+    return result.hashvalues.astype("<u4")
+
+
+# --- shards ----------------------------------------------------------------------------------
+
+
+def clean_key(config: Config) -> str:
+    """Name of the folder of cleaned text: the hash of what decides it."""
+    fields = {name: plain(getattr(config.data, name)) for name in CLEAN_FIELDS}
+    code = code_hash(*(f"tiered/{name}.py" for name in ("cleaning", "domains", "sources")))
+    return digest([fields, code])
+
+
+def clean_folder(config: Config, domain: str) -> Path:
+    """Where a domain's cleaned text stands."""
+    return Path(config.data.processed_dir) / ".clean" / clean_key(config) / domain
+
+
+def shards_folder(config: Config, domain: str) -> Path:
+    """Where what was read of a domain's source files stands until it is merged."""
+    return clean_folder(config, domain).parent / ".shards" / domain
+
+
+def shard_folder(config: Config, domain: str, path: str) -> Path:
+    """Where what was read of a source file stands, by its name and content."""
+    identity = [path, None if "://" in path else file_hash(Path(path))]
+    return shards_folder(config, domain) / digest(identity)
+
+
+def last_record(data: DataConfig) -> int:
+    """The raw records of a domain that are looked at; 0: all."""
+    return data.first_document + data.num_documents if data.num_documents else 0
+
+
+def read_shard(config: Config, domain: str, path: str) -> int:
+    """Store the documents of a source file that pass the filters, unless they are there; returns
+    how many raw records were looked at.
+
+    verdicts.npy (R,) uint8: of every record; shard.json: where and why records are broken; and the
+    documents in chunks (write_chunk).
+    """
+    folder, data = shard_folder(config, domain, path), config.data
+    if is_complete(folder):
+        return len(np.load(folder / "verdicts.npy", mmap_mode="r"))
+    verdicts, broken, chunks = bytearray(), [], 0
+    waiting: list[tuple[str, int]] = []
+    size = 0
+    with atomic_folder(folder) as temporary:
+        records = itertools.islice(raw_records(path, data), last_record(data) or None)
+        for number, (raw, why) in enumerate(records):
+            if raw is None:
+                verdicts.append(BROKEN)
+                broken.append((number, why))
+                if not data.first_document:  # else it may come before those that count
+                    check_broken(data, domain, [(path, *own) for own in broken[-1:]], len(broken))
+                continue
+            text = clean_text(raw, data)
+            verdicts.append(verdict(text, data, domain))
+            if verdicts[-1] == KEPT:
+                waiting.append((text, number))
+                size += len(text.encode())
+            if size >= CHUNK_BYTES:
+                write_chunk(waiting, data, temporary / f"{chunks:05d}")
+                waiting, size, chunks = [], 0, chunks + 1
+        if waiting:
+            write_chunk(waiting, data, temporary / f"{chunks:05d}")
+            chunks += 1
+        np.save(temporary / "verdicts.npy", np.frombuffer(bytes(verdicts), np.uint8))
+        write_json(temporary / "shard.json", {"file": path, "chunks": chunks, "broken": broken})
+    return len(verdicts)
+
+
+def check_broken(
+    data: DataConfig, domain: str, broken: list[tuple[str, int, str]], count: int
+) -> None:
+    """Raise UserError, naming the last of them (file, record, why), for more broken records than
+    data.max_broken_records."""
+    if count > data.max_broken_records:
+        path, number, why = broken[-1]
+        raise UserError(
+            f"{path}: record {number + 1} of domain {domain} is broken ({why}); more than"
+            f" data.max_broken_records = {data.max_broken_records}"
+        )
+
+
+def write_chunk(documents: list[tuple[str, int]], data: DataConfig, path: Path) -> None:
+    """Write documents (text, raw record) of a shard in the order of their position.
+
+    <path>.parquet: texts, in groups; <path>.index.npy (M,) of INDEX; and for near duplicates
+    <path>.hashes.npy (M, PERMUTATIONS) uint32, their MinHashes, and <path>.bands.npy (bands, M)
+    uint64, equal where documents have to be compared.
+    """
+    index = np.zeros(len(documents), INDEX)
+    for entry, (text, record) in zip(index, documents, strict=True):
+        name = document_id(text)
+        words = hashlib.sha256(" ".join(text.split()).encode()).digest()
+        entry["position"], entry["id"] = position(name, data.split_seed), int(name, 16)
+        entry["words"] = int.from_bytes(words[:8]), int.from_bytes(words[8:16])
+        entry["record"], entry["bytes"] = record, len(text.encode())
+    order = np.argsort(index[["position", "id"]], kind="stable")
+    index, documents = index[order], [documents[i] for i in order]
+    np.save(path.with_suffix(".index.npy"), index)
+    texts = pa.table({"text": pa.array([text for text, _ in documents], pa.large_string())})
+    group = max(SMALLEST_GROUP, len(documents) // LARGEST_GROUPS)
+    pq.write_table(texts, path.with_suffix(".parquet"), row_group_size=group)
+    if data.near_duplicate_threshold:
+        hashes = np.stack([min_hash(text) for text, _ in documents])  # (M, PERMUTATIONS)
+        np.save(path.with_suffix(".hashes.npy"), hashes)
+        bands, rows = lsh_bands(data.near_duplicate_threshold)
+        parts = np.ascontiguousarray(hashes[:, : bands * rows].reshape(-1, bands, rows))
+        own = [
+            [xxhash.xxh3_64_intdigest(part.tobytes()) for part in parts[:, b]] for b in range(bands)
+        ]
+        np.save(path.with_suffix(".bands.npy"), np.array(own, dtype="<u8"))
 
 
 def lsh_bands(threshold: float) -> tuple[int, int]:
@@ -390,60 +249,225 @@ def lsh_bands(threshold: float) -> tuple[int, int]:
     return PERMUTATIONS, 1
 
 
-def drop_near_duplicates(
-    documents: list[tuple[str, str]], threshold: float, counts: Counter
-) -> list[tuple[str, str]]:
-    """Documents whose estimated Jaccard similarity to every kept earlier one is below threshold."""
-    index = MinHashLSH(num_perm=PERMUTATIONS, params=lsh_bands(threshold))
-    hashes: dict[int, MinHash] = {}
-    for i, (_, text) in enumerate(documents):
-        found = min_hash(text)
-        if any(found.jaccard(hashes[j]) >= threshold for j in index.query(found)):
-            counts["near_duplicate"] += 1
-        else:
-            hashes[i] = found
-            index.insert(i, found)
-    return [documents[i] for i in hashes]
+# --- a domain --------------------------------------------------------------------------------
 
 
-def clean_key(config: Config) -> str:
-    """Name of the folder of cleaned text: the hash of what decides it."""
-    fields = {name: plain(getattr(config.data, name)) for name in CLEAN_FIELDS}
-    return digest([fields, code_hash("tiered/cleaning.py", "tiered/domains.py")])
+class Chunk:
+    """A chunk of a shard, of which the raw records [low, high) belong to the domain.
+
+    kept (M,) bool: its documents that are not dropped (yet). Nothing else of it is held.
+    """
+
+    def __init__(self, path: Path, low: int, high: int) -> None:
+        self.path = path
+        record = self.index()["record"]
+        self.kept = (record >= low) & (record < high)
+
+    def index(self) -> np.ndarray:
+        """(M,) of INDEX, in the order of positions."""
+        return np.load(self.path.with_suffix(".index.npy"))
+
+    def band(self, b: int) -> np.ndarray:
+        """(M,) uint64: a hash of band b of every document's MinHash."""
+        return np.array(np.load(self.path.with_suffix(".bands.npy"), mmap_mode="r")[b])
+
+    def min_hash(self, row: int) -> np.ndarray:
+        """(PERMUTATIONS,) uint32: a document's MinHash."""
+        return np.array(np.load(self.path.with_suffix(".hashes.npy"), mmap_mode="r")[row])
+
+    def texts(self, low: int, high: int) -> pa.ChunkedArray:
+        """Texts of the documents [low, high)."""
+        with pq.ParquetFile(self.path.with_suffix(".parquet")) as file:
+            sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+            ends = np.cumsum(sizes)
+            first, last = np.searchsorted(ends, [low, high - 1], side="right")
+            table = file.read_row_groups(list(range(first, last + 1)))
+            return table["text"].slice(low - (ends[first] - sizes[first]), high - low)
 
 
-def clean_folder(config: Config, domain: str) -> Path:
-    """Where a domain's cleaned text stands."""
-    return Path(config.data.processed_dir) / ".clean" / clean_key(config) / domain
+@dataclass
+class Gathered:
+    """What the filters left of a domain, and what they saw."""
+
+    chunks: list[Chunk]
+    counts: Counter
+    read: list[str]  # files that were opened
+
+
+def gather(config: Config, domain: str, files: list[str]) -> Gathered:
+    """The shards of a domain's raw records first_document .. + num_documents; those that are not
+    there are read.
+
+    Raises UserError beyond data.max_broken_records broken records, and if every record is broken.
+    """
+    data, found, seen = config.data, Gathered([], Counter(), []), 0
+    broken: list[tuple[str, int, str]] = []
+    for path in files:
+        if last_record(data) and seen >= last_record(data):
+            break
+        total = read_shard(config, domain, path)
+        folder = shard_folder(config, domain, path)
+        low = min(total, max(0, data.first_document - seen))
+        high = min(total, last_record(data) - seen) if last_record(data) else total
+        verdicts = np.bincount(np.load(folder / "verdicts.npy")[low:high], minlength=4).tolist()
+        for name, count in zip(("kept", *FILTERS), verdicts, strict=False):
+            found.counts[name] += count
+        found.counts["read"] += high - low
+        shard = read_json(folder / "shard.json")
+        for number, why in shard["broken"]:
+            if low <= number < high:
+                broken.append((path, number, why))
+                check_broken(data, domain, broken, len(broken))
+        found.chunks += [Chunk(folder / f"{i:05d}", low, high) for i in range(shard["chunks"])]
+        found.read.append(path)
+        seen += total
+    if broken and len(broken) == found.counts["read"]:
+        path, _, why = broken[-1]
+        raise UserError(f"{path}: every record of domain {domain} is broken, the last one: {why}")
+    return found
+
+
+def same(keys: np.ndarray) -> np.ndarray:
+    """(N,) bool: sorted rows (N, C) that equal the row before."""
+    return np.r_[np.zeros(min(1, len(keys)), bool), (keys[1:] == keys[:-1]).all(1)]
+
+
+def slices(count: int) -> int:
+    """Into how many parts hashes of `count` documents are split that are compared together."""
+    return max(1, -(-count // COMPARED))
+
+
+def drop_exact_duplicates(chunks: list[Chunk]) -> int:
+    """Drop documents whose text differs from that of one with a smaller id in white space alone, or
+    not at all; returns how many."""
+    dropped, parts = 0, slices(sum(int(chunk.kept.sum()) for chunk in chunks))
+    for part in range(parts):
+        found = []
+        for c, chunk in enumerate(chunks):
+            index = chunk.index()
+            rows = np.flatnonzero(chunk.kept & (index["words"][:, 0] % parts == part))
+            where = np.stack([np.full_like(rows, c), rows], 1).astype("<u8")
+            found.append(np.concatenate([index["words"][rows], index["id"][rows, None], where], 1))
+        rows = np.concatenate(found)  # words, words, id, chunk, row
+        rows = rows[np.lexsort(rows.T[::-1])]
+        for c, row in rows[same(rows[:, :2]), 3:].tolist():
+            chunks[c].kept[row] = False
+            dropped += 1
+    return dropped
+
+
+def candidates(chunks: list[Chunk], bands: int) -> np.ndarray:
+    """Documents that share a band with another one, (N, 4): id, chunk, row, group of those that
+    share it; in the order of ids."""
+    found, groups, parts = [], 0, slices(sum(int(chunk.kept.sum()) for chunk in chunks))
+    for band in range(bands):
+        for part in range(parts):
+            rows = []
+            for c, chunk in enumerate(chunks):
+                values = chunk.band(band)
+                own = np.flatnonzero(chunk.kept & (values % parts == part))
+                rows.append(np.stack([values[own], np.full(len(own), c), own], 1).astype("<u8"))
+            rows = np.concatenate(rows)
+            rows = rows[np.argsort(rows[:, 0], kind="stable")]
+            again = same(rows[:, :1])
+            shared = again | np.r_[again[1:], False]
+            group = groups + np.cumsum(~again[shared])
+            groups = int(group[-1]) if len(group) else groups
+            found.append(np.column_stack([rows[shared, 1:], group]).astype("<u8"))
+    table = np.concatenate(found)  # chunk, row, group
+    ids = np.zeros(len(table), "<u8")
+    for c, chunk in enumerate(chunks):
+        own = table[:, 0] == c
+        ids[own] = chunk.index()["id"][table[own, 1].astype(int)]
+    table = np.column_stack([ids, table])
+    return table[np.lexsort(table.T[::-1])]
+
+
+def drop_near_duplicates(chunks: list[Chunk], threshold: float) -> int:
+    """Drop documents whose estimated Jaccard similarity to one with a smaller id that is kept is
+    `threshold` or more; returns how many."""
+    table = candidates(chunks, lsh_bands(threshold)[0])
+    kept_of: dict[int, list[tuple[int, int]]] = {}  # of a group
+    hashes = functools.lru_cache(COMPARED // 32)(lambda c, row: chunks[c].min_hash(row))
+    dropped = 0
+    for (_, c, row), rows in itertools.groupby(table.tolist(), lambda entry: tuple(entry[:3])):
+        groups = [entry[3] for entry in rows]
+        others = {other for group in groups for other in kept_of.get(group, ())}
+        own = hashes(c, row)
+        if any((own == hashes(*other)).mean() >= threshold for other in others):
+            chunks[c].kept[row] = False
+            dropped += 1
+            continue
+        for group in groups:
+            kept_of.setdefault(group, []).append((c, row))
+    return dropped
+
+
+def write_parts(chunks: list[Chunk], folder: Path) -> int:
+    """Write the documents that are kept in the order of position and id, in parts that are equal
+    ranges of positions; returns how many parts."""
+    size = sum(int(chunk.index()["bytes"][chunk.kept].sum()) for chunk in chunks)
+    parts = 2 ** max(0, math.ceil(math.log2(max(1, size) / PART_BYTES)))
+    for part in range(parts):
+        edges = [int(POSITIONS) // parts * edge for edge in (part, part + 1)]
+        entries, texts = [np.zeros(0, INDEX)], []
+        for chunk in chunks:
+            index = chunk.index()
+            low, high = np.searchsorted(index["position"], edges)
+            kept = np.flatnonzero(chunk.kept[low:high])
+            if len(kept):
+                entries.append(index[low:high][kept])
+                texts.append(chunk.texts(low, high).take(pa.array(kept)))
+        index = np.concatenate(entries)
+        order = np.argsort(index[["position", "id"]], kind="stable")
+        texts = pa.chunked_array(texts, pa.large_string()) if texts else []
+        columns = {
+            "position": pa.array(index["position"][order], pa.uint64()),
+            "document_id": pa.array(
+                [f"{i:016x}" for i in index["id"][order].tolist()], pa.string()
+            ),
+            "text": texts.take(pa.array(order)) if len(order) else pa.array([], pa.large_string()),
+        }
+        path = folder / f"part-{part:05d}.parquet"
+        pq.write_table(pa.table(columns), path, row_group_size=BATCH_DOCUMENTS)
+    return parts
+
+
+def clean_done(config: Config, domain: str) -> bool:
+    """Whether a domain's cleaned text is there, made of the raw text that is there."""
+    folder = clean_folder(config, domain)
+    return is_complete(folder) and not source_changed(
+        config.data, domain, read_json(folder / "clean.json")["source"]
+    )
 
 
 def clean_domain(config: Config, domain: str, overwrite: bool = False) -> Path:
     """The folder of a domain's cleaned text, made unless it is there and its source unchanged."""
     folder, data = clean_folder(config, domain), config.data
-    if not overwrite and is_complete(folder):
-        record = read_json(folder / "clean.json")
-        if not source_changed(data, domain, record["source"]):
-            verify(folder)
-            return folder
-    counts, read = Counter(), set()
+    if not overwrite and clean_done(config, domain):
+        verify(folder)
+        return folder
     files = source_files(data, domain)
-    documents = filter_texts(read_texts(data, domain, files, counts, read), data, domain, counts)
+    found = gather(config, domain, files)
+    counts = found.counts
+    if found.chunks and data.exact_duplicates:
+        counts["exact_duplicate"] = drop_exact_duplicates(found.chunks)
+    if found.chunks and data.near_duplicate_threshold:
+        counts["near_duplicate"] = drop_near_duplicates(found.chunks, data.near_duplicate_threshold)
     dropped = {name: counts[name] for name in FILTERS}
-    check_not_empty(domain, len(documents), counts["read"], dropped)
-    record = {
-        "domain": domain,
-        "source": {"name": data.source, **source_record(data, files, read)},
-        "read": counts["read"],
-        "dropped": dropped,
-        "documents": len(documents),
-    }
+    documents = sum(int(chunk.kept.sum()) for chunk in found.chunks)
+    check_not_empty(domain, documents, counts["read"], dropped)
     with atomic_folder(folder) as temporary:
-        columns = dict(zip(("document_id", "text"), zip(*documents, strict=True), strict=True))
-        pq.write_table(
-            pa.table({k: pa.array(v, pa.large_string()) for k, v in columns.items()}),
-            temporary / "documents.parquet",
-        )
+        record = {
+            "domain": domain,
+            "source": {"name": data.source, **source_record(data, files, set(found.read))},
+            "read": counts["read"],
+            "dropped": dropped,
+            "documents": documents,
+            "parts": write_parts(found.chunks, temporary),
+        }
         write_json(temporary / "clean.json", record)
+    shutil.rmtree(shards_folder(config, domain), ignore_errors=True)
     return folder
 
 
@@ -454,7 +478,38 @@ def check_not_empty(domain: str, documents: int, read: int, dropped: dict[str, i
         raise UserError(f"domain {domain}: no document is left of {read} read (dropped: {parts})")
 
 
+def clean_batches(
+    config: Config, domain: str, low: float = 0.0, high: float = 1.0
+) -> Iterator[pa.Table]:
+    """Cleaned documents with positions in [low, high), in their order, at most BATCH_DOCUMENTS at a
+    time: position (uint64, of 2^53), document_id, text."""
+    folder = clean_folder(config, domain)
+    parts = read_json(folder / "clean.json")["parts"]
+    for part in range(parts):
+        if (part + 1) / parts <= low or part / parts >= high:
+            continue
+        with pq.ParquetFile(folder / f"part-{part:05d}.parquet") as file:
+            for batch in file.iter_batches(BATCH_DOCUMENTS):
+                place = batch.column("position").to_numpy() / POSITIONS
+                begin, end = np.searchsorted(place, [low, high])
+                if begin < end:
+                    yield pa.Table.from_batches([batch.slice(begin, end - begin)])
+
+
+def count_clean(config: Config, domain: str, low: float, high: float) -> int:
+    """How many cleaned documents of a domain have positions in [low, high)."""
+    folder = clean_folder(config, domain)
+    found = 0
+    for part in range(read_json(folder / "clean.json")["parts"]):
+        column = pq.read_table(folder / f"part-{part:05d}.parquet", columns=["position"])
+        place = column["position"].to_numpy() / POSITIONS
+        found += int(((place >= low) & (place < high)).sum())
+    return found
+
+
 def read_clean(config: Config, domain: str) -> tuple[list[str], list[str]]:
-    """Document ids and texts of a cleaned domain, in the order of ids."""
-    table = pq.read_table(clean_folder(config, domain) / "documents.parquet")
-    return table["document_id"].to_pylist(), table["text"].to_pylist()
+    """Document ids and texts of a cleaned domain, in the order of positions."""
+    tables = list(clean_batches(config, domain))
+    return tuple(
+        [v for t in tables for v in t[name].to_pylist()] for name in ("document_id", "text")
+    )

@@ -168,6 +168,13 @@ class DataConfig:
     )
     repeat_domains: tuple[str, ...] = opt((), "domains with repeated rows and canaries; empty: all")
     num_proc: int = opt(2, "worker processes (never changes a result)", low=1)
+    task_count: int = opt(
+        1,
+        "calls that share the reading of source files, on any machines; each reads its own and"
+        " stops, a call with 1 does the rest (never changes a result)",
+        low=1,
+    )
+    task_index: int = opt(0, "which of them this is, from 0", low=0)
     processed_dir: str = opt("data/processed", "where processed data is kept, by hash")
 
 
@@ -180,6 +187,9 @@ class TokenizerConfig:
     vocab_size: int = opt(4096, "size of a trained bpe vocabulary, in tokens", low=260)
     train_domains: tuple[str, ...] = opt(
         (), "domains whose router split trains bpe; empty: data.domains, excluded ones too"
+    )
+    train_documents: int = opt(
+        0, "documents of each of their router splits that train bpe, at most; 0: all", low=0
     )
 
 
@@ -1071,6 +1081,10 @@ def _check_splits(data: DataConfig) -> None:
     total = sum(data.split_shares.values())
     if abs(total - 100) > 1e-9 or min(data.split_shares.values()) < 0:
         raise UserError(f"data.split_shares: shares are >= 0 and sum to 100, found {total:g}")
+    if data.task_index >= data.task_count:
+        raise UserError(
+            f"data.task_index: {data.task_index} is not below data.task_count = {data.task_count}"
+        )
     if not data.split_shares["train"]:
         raise UserError("data.split_shares: train must be above 0")
     for key, least in (("repeats", 2), ("canaries", 1)):

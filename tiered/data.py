@@ -30,10 +30,10 @@ from tiered.store import (
 # Fields that say which domains are processed, how fast, or where to; none changes a domain's data.
 UNKEYED = (
     *("domains", "added_domains", "novel_domains", "exclude_domains", "exclude_documents"),
-    *("num_proc", "processed_dir", "separate_documents"),
+    *("num_proc", "task_count", "task_index", "processed_dir", "separate_documents"),
 )
 PROCESSING_CODE = tuple(
-    f"tiered/{name}.py" for name in ("cleaning", "domains", "processing", "tokenization")
+    f"tiered/{name}.py" for name in ("cleaning", "domains", "processing", "sources", "tokenization")
 )
 # What a tokenizer folder may consist of; a model checkpoint beside it is not hashed.
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -49,7 +49,8 @@ def tokenizer_part(config: Config) -> dict[str, Any]:
     tokenizer = config.tokenizer
     if tokenizer.name == "bpe":
         domains = sorted(tokenizer_domains(config))
-        return {"name": "bpe", "vocab_size": tokenizer.vocab_size, "train_domains": domains}
+        size = {"vocab_size": tokenizer.vocab_size, "train_documents": tokenizer.train_documents}
+        return {"name": "bpe", "train_domains": domains, **size}
     folder = Path(tokenizer.name)
     if tokenizer.name != "bytes" and folder.is_dir():
         files = sorted({p for pattern in TOKENIZER_FILES for p in folder.glob(pattern)})

@@ -9,25 +9,31 @@ worker processes. Deleting a domain therefore leaves every other domain's folder
     <processed_dir>/<key>/manifest.json      all domains that are there
 """
 
+import functools
 import hashlib
+import itertools
 from collections import Counter
-from concurrent.futures import Executor
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 
 from tiered.cleaning import (
-    BATCH_DOCUMENTS,
     FILTERS,
     check_not_empty,
+    clean_batches,
     clean_domain,
+    clean_done,
     clean_folder,
-    read_clean,
-    source_changed,
-    source_files,
+    count_clean,
+    last_record,
+    read_shard,
 )
 from tiered.config import CANARY, SPLITS, Config, DataConfig
 from tiered.data import (
@@ -37,11 +43,12 @@ from tiered.data import (
     tokenizer_domains,
     tokenizer_part,
 )
+from tiered.sources import source_changed, source_files
 from tiered.store import (
+    HASHES,
     TOKENIZER_RECORD,
     UserError,
     atomic_folder,
-    canonical_json,
     content_hash,
     digest,
     is_complete,
@@ -59,8 +66,9 @@ from tiered.tokenization import (
     tokenizer_record,
     train_bpe,
 )
-from tiered.workers import run_all
+from tiered.workers import Call, in_order, run_all, run_queue
 
+ARROW_FILE = "data-00000-of-00001.arrow"  # as save_to_disk names it
 FEATURES = datasets.Features(
     {
         "document_id": datasets.Value("string"),
@@ -74,21 +82,17 @@ FEATURES = datasets.Features(
 # --- splits ----------------------------------------------------------------------------------
 
 
-def positions(ids: list[str], seed: int) -> np.ndarray:
-    """Salted hash of each document id, uniform in [0, 1), (documents,) float64."""
-    digests = (hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8] for name in ids)
-    # 53 bits: what a float64 holds exactly, so no position rounds up to 1.
-    return np.array([(int.from_bytes(d) >> 11) / 2**53 for d in digests], dtype=np.float64)
-
-
-def split_order(ids: list[str], data: DataConfig) -> dict[str, np.ndarray]:
-    """Per split the indices of its documents, in the order of their salted hash."""
-    place = positions(ids, data.split_seed)
-    edges = np.cumsum([data.split_shares[split] for split in SPLITS]) / 100
+def split_edges(data: DataConfig) -> np.ndarray:
+    """Where splits begin and end among positions in [0, 1), (splits + 1,)."""
+    edges = np.cumsum([0.0, *(data.split_shares[split] for split in SPLITS)]) / 100
     edges[-1] = 1.0
-    which = np.searchsorted(edges, place, side="right")
-    order = np.lexsort((np.array(ids), place))
-    return {split: order[which[order] == k] for k, split in enumerate(SPLITS)}
+    return edges
+
+
+def split_range(data: DataConfig, split: str) -> tuple[float, float]:
+    """The positions of a split's documents, [low, high)."""
+    k = SPLITS.index(split)
+    return tuple(split_edges(data)[k : k + 2].tolist())
 
 
 # --- the tokenizer ------------------------------------------------------------------------------
@@ -127,13 +131,18 @@ def _new_tokenizer(config: Config, pool: Executor | None) -> tuple[Any, dict[str
         origin = Path(name) / TOKENIZER_RECORD
         trained_on = read_json(origin)["trained_on"] if origin.is_file() else {}
         return load_tokenizer(name, config.tokenizer.revision), trained_on
-    texts = []
-    clean_domains(config, pool, _training_domains(config))
-    for domain in tokenizer_domains(config):
-        trained_on[domain] = content_hash(clean_folder(config, domain))
-        ids, documents = read_clean(config, domain)
-        texts += [documents[i] for i in split_order(ids, config.data)["router"]]
+    domains = _training_domains(config)
+    clean_domains(config, pool, domains)
+    trained_on = {d: content_hash(clean_folder(config, d)) for d in domains}
+    texts = itertools.chain.from_iterable(_router_texts(config, d) for d in sorted(domains))
     return fast_tokenizer(train_bpe(texts, config.tokenizer.vocab_size)), trained_on
+
+
+def _router_texts(config: Config, domain: str) -> Iterator[str]:
+    """Texts of a domain's router split that bpe is trained on, in the order of positions."""
+    batches = clean_batches(config, domain, *split_range(config.data, "router"))
+    texts = itertools.chain.from_iterable(batch["text"].to_pylist() for batch in batches)
+    return itertools.islice(texts, config.tokenizer.train_documents or None)
 
 
 def _training_domains(config: Config) -> list[str]:
@@ -164,26 +173,35 @@ def _training_text_changed(config: Config, trained_on: dict[str, str]) -> bool:
 # --- tokens of a domain -------------------------------------------------------------------------
 
 
-def tokenize_split(
-    encoder: Encoder, documents: list[tuple[str, str]], max_unk_share: float, counts: Counter
-) -> pa.Table:
-    """Stored columns of a split's documents (FEATURES), each document with its separator."""
-    batches = []
-    for start in range(0, len(documents), BATCH_DOCUMENTS):
-        batch = documents[start : start + BATCH_DOCUMENTS]
-        names, columns = [], ([], [], [])
-        encoded = encoder.encode([text for _, text in batch])
-        for (name, _), parts in zip(batch, encoded, strict=True):
-            why = encoder.verdict(parts[0], parts[1], max_unk_share)
-            if why:
-                counts[why] += 1
-                continue
-            names.append(name)
-            tails = (encoder.record["separator_id"], 0, 0)
-            for column, part, tail in zip(columns, parts, tails, strict=True):
-                column.append(np.append(part, tail))
-        batches.append(_batch_table(names, columns))
-    return pa.concat_tables(batches) if batches else FEATURES.arrow_schema.empty_table()
+def encode_batch(
+    folder: Path, names: list[str], texts: list[str], max_unk_share: float
+) -> tuple[pa.Table, Counter]:
+    """Stored columns (FEATURES) of documents, each with its separator, and those dropped by filter.
+
+    folder: the tokenizer's.
+    """
+    encoder, counts = _encoder(folder), Counter()
+    kept, columns = [], ([], [], [])
+    for name, parts in zip(names, encoder.encode(texts), strict=True):
+        why = encoder.verdict(parts[0], parts[1], max_unk_share)
+        if why:
+            counts[why] += 1
+            continue
+        kept.append(name)
+        tails = (encoder.record["separator_id"], 0, 0)
+        for column, part, tail in zip(columns, parts, tails, strict=True):
+            column.append(np.append(part, tail))
+    return _batch_table(kept, columns), counts
+
+
+@functools.lru_cache(2)
+def _encoder_of(folder: Path, made: int) -> Encoder:
+    return Encoder(folder)
+
+
+def _encoder(folder: Path) -> Encoder:
+    """A tokenizer folder's encoder, read once in a process while it is the same."""
+    return _encoder_of(folder, (folder / HASHES).stat().st_mtime_ns)
 
 
 def _batch_table(names: list[str], columns: tuple[list[np.ndarray], ...]) -> pa.Table:
@@ -202,32 +220,82 @@ def table_lengths(table: pa.Table) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *lengths])
 
 
-def apply_budget(table: pa.Table, budget: int) -> tuple[pa.Table, dict[str, Any]]:
-    """The first documents until the budget (tokens; 0: all) is reached, and what was left over."""
-    ends = np.cumsum(table_lengths(table))
-    total = int(ends[-1]) if len(ends) else 0
-    keep = len(ends) if not budget else min(len(ends), int(np.searchsorted(ends, budget)) + 1)
-    used = int(ends[keep - 1]) if keep else 0
-    return table.slice(0, keep), {
-        "budget_tokens": budget,
-        "unused": {"documents": len(ends) - keep, "tokens": total - used},
-        "shortfall_tokens": max(0, budget - total),
-    }
+class SplitWriter:
+    """Writes a split as datasets.save_to_disk does, table after table, and sums up what it holds.
+
+    The hash is of values, not of Arrow's bytes. A split without documents is not written:
+    load_from_disk cannot read one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.stream = folder, None
+        self.counts: Counter = Counter()
+        self.hashes = {name: hashlib.sha256() for name in (*FEATURES, "lengths")}
+
+    def add(self, table: pa.Table) -> None:
+        """Append documents (columns FEATURES)."""
+        if not table.num_rows:
+            return
+        if self.stream is None:
+            self.folder.mkdir(parents=True)
+            self.file = pa.OSFile(str(self.folder / ARROW_FILE), "wb")
+            self.stream = pa.ipc.new_stream(self.file, FEATURES.arrow_schema)
+        self.stream.write_table(table.combine_chunks())
+        lengths = table_lengths(table)
+        self.counts["documents"] += table.num_rows
+        self.counts["tokens"] += int(lengths.sum())
+        self.hashes["document_id"].update("".join(f"{i}\n" for i in table["document_id"]).encode())
+        self.hashes["lengths"].update(lengths.astype("<i8").tobytes())
+        for name in ("input_ids", "token_bytes", "token_chars"):
+            for chunk in table[name].chunks:
+                flat = chunk.flatten().to_numpy()
+                self.hashes[name].update(np.ascontiguousarray(flat, dtype="<i4").tobytes())
+                self.counts[name] += int(flat.sum(dtype=np.int64))
+
+    def close(self, repeats: dict[str, int]) -> dict[str, Any]:
+        """Finish the files; counts and content hash of the split with its repeats."""
+        content = digest([{n: h.hexdigest() for n, h in self.hashes.items()}, repeats], 64)
+        if self.stream is not None:
+            self.stream.close()
+            self.file.close()
+            datasets.DatasetInfo(features=FEATURES).write_to_directory(str(self.folder))
+            # equal data is equal bytes: the fingerprint is the content
+            state = {"_data_files": [{"filename": ARROW_FILE}], "_fingerprint": content[:16]}
+            state |= {
+                "_format_columns": None,
+                "_format_kwargs": {},
+                "_format_type": None,
+                "_split": None,
+            }
+            write_json(self.folder / "state.json", {**state, "_output_all_columns": False})
+        return {
+            **{name: self.counts[name] for name in ("documents", "tokens")},
+            "bytes": self.counts["token_bytes"],
+            "characters": self.counts["token_chars"],
+            "hash": content,
+        }
 
 
-def choose_repeats(
-    ids: list[str], lengths: np.ndarray, domain: str, data: DataConfig
-) -> dict[str, int]:
+def budget_of(data: DataConfig, domain: str) -> int:
+    """Training tokens of a domain, 0 for all."""
+    budget = data.tokens_per_domain
+    return budget.get(domain, 0) if isinstance(budget, dict) else budget
+
+
+def wanted_repeats(domain: str, data: DataConfig) -> list[int]:
+    """Occurrences of each repeated member row of a domain, fewest first."""
+    if data.repeat_domains and domain not in data.repeat_domains:
+        return []
+    return [times for times, rows in sorted(data.repeats.items()) for _ in range(rows)]
+
+
+def choose_repeats(eligible: list[str], domain: str, data: DataConfig) -> dict[str, int]:
     """Document id -> occurrences of its first T tokens in train, for the repeated member rows.
 
-    The first train documents with at least T tokens, fewest times first. Raises UserError if
-    there are too few.
+    eligible: the first train documents with at least T tokens. Raises UserError if there are too
+    few.
     """
-    if not data.repeats or (data.repeat_domains and domain not in data.repeat_domains):
-        return {}
-    long = (lengths > data.block_size).tolist()  # T tokens and the separator
-    eligible = list(dict.fromkeys(name for name, fits in zip(ids, long, strict=True) if fits))
-    wanted = [t for t, rows in sorted(data.repeats.items()) for _ in range(rows)]
+    wanted = wanted_repeats(domain, data)
     if len(wanted) > len(eligible):
         raise UserError(
             f"data.repeats: domain {domain} has {len(eligible)} train documents of at least"
@@ -246,18 +314,19 @@ def choose_canaries(domain: str, data: DataConfig) -> dict[str, int]:
 
 
 def canary_table(
-    train: pa.Table, names: list[str], domain: str, data: DataConfig, tokenizer: dict[str, Any]
+    counts: np.ndarray, names: list[str], domain: str, data: DataConfig, tokenizer: dict[str, Any]
 ) -> pa.Table:
     """Documents of T tokens that nobody wrote; no text stands under them: 0 bytes, 0 characters.
 
-    Tokens are drawn uniformly from the fewest that make up 90 % of the domain's train tokens, so
-    that the Level-1 router takes them for the domain's. (Canaries: arXiv:1802.08232.)
+    counts (V,): the domain's train tokens, each as often as it occurs. Drawn uniformly from the
+    fewest that make up 90 % of them, so that the Level-1 router takes canaries for the domain's.
+    (Canaries: arXiv:1802.08232.)
     """
     if not names:
         return FEATURES.arrow_schema.empty_table()
-    flat = np.concatenate([c.flatten().to_numpy() for c in train["input_ids"].chunks])
     special = [tokenizer[name] for name in ("separator_id", "pad_id", "unk_id")]
-    counts = np.bincount(flat[~np.isin(flat, [i for i in special if i is not None])])
+    counts = counts.copy()
+    counts[[i for i in special if i is not None]] = 0
     order = np.argsort(-counts, kind="stable")
     covered = np.cumsum(counts[order])
     frequent = order[: int(np.searchsorted(covered, 0.9 * covered[-1])) + 1]
@@ -266,39 +335,6 @@ def canary_table(
     zeros = np.zeros(data.block_size + 1, np.int64)
     ids = [np.append(row, tokenizer["separator_id"]) for row in drawn]
     return _batch_table(names, (ids, [zeros] * len(ids), [zeros] * len(ids)))
-
-
-def split_summary(table: pa.Table, repeats: dict[str, int]) -> dict[str, Any]:
-    """Counts and content hash of a split; the hash is of values, not of Arrow's bytes."""
-    sha = hashlib.sha256(canonical_json([table["document_id"].to_pylist(), repeats]).encode())
-    sha.update(table_lengths(table).astype("<i8").tobytes())
-    sums = Counter()
-    for name in ("input_ids", "token_bytes", "token_chars"):
-        for chunk in table[name].chunks:
-            flat = chunk.flatten().to_numpy()
-            sha.update(np.ascontiguousarray(flat, dtype="<i4").tobytes())
-            sums[name] += int(flat.sum(dtype=np.int64))
-    return {
-        "documents": table.num_rows,
-        "tokens": int(table_lengths(table).sum()),
-        "bytes": sums["token_bytes"],
-        "characters": sums["token_chars"],
-        "hash": sha.hexdigest(),
-    }
-
-
-def save_split(table: pa.Table, folder: Path, content: str) -> None:
-    """datasets.save_to_disk with a fingerprint that is the content, so equal data is equal bytes.
-
-    An empty split is not written: load_from_disk cannot read one.
-    """
-    if not table.num_rows:
-        return
-    datasets.Dataset(
-        datasets.table.InMemoryTable(table),
-        info=datasets.DatasetInfo(features=FEATURES),
-        fingerprint=content[:16],
-    ).save_to_disk(str(folder))
 
 
 def domain_done(config: Config, domain: str, tokenizer_hash: str) -> bool:
@@ -312,44 +348,176 @@ def domain_done(config: Config, domain: str, tokenizer_hash: str) -> bool:
     )
 
 
-def tokenize_domain(config: Config, domain: str) -> None:
+def tokenize_domain(config: Config, domain: str, pool: Executor | None = None) -> None:
     """Write a domain's processed data: tokenised splits and its manifest."""
-    datasets.disable_progress_bars()
-    data, folder = config.data, processed_folder(config)
+    folder = processed_folder(config)
     clean = read_json(clean_domain(config, domain) / "clean.json")
     encoder = Encoder(folder / "tokenizer")
-    ids, texts = read_clean(config, domain)
-    counts: Counter = Counter()
-    tables = {
-        split: tokenize_split(
-            encoder, [(ids[i], texts[i]) for i in order], data.max_unk_share, counts
-        )
-        for split, order in split_order(ids, data).items()
-    }
-    dropped = clean["dropped"] | {name: counts[name] for name in TOKEN_FILTERS}
-    check_not_empty(domain, sum(t.num_rows for t in tables.values()), clean["read"], dropped)
-    budget = data.tokens_per_domain
-    budget = budget.get(domain, 0) if isinstance(budget, dict) else budget
-    tables["train"], spent = apply_budget(tables["train"], budget)
-    train_ids = tables["train"]["document_id"].to_pylist()
-    repeats = choose_repeats(train_ids, table_lengths(tables["train"]), domain, data)
-    canaries = choose_canaries(domain, data)
-    tables[CANARY] = canary_table(tables["train"], list(canaries), domain, data, encoder.record)
-    extra = {"train": repeats, CANARY: canaries}
-    summaries = {s: split_summary(table, extra.get(s, {})) for s, table in tables.items()}
-    if canaries:  # what is trained on has changed
-        hashes = [summaries[s]["hash"] for s in ("train", CANARY)]
-        summaries["train"]["hash"] = digest(hashes, 64)
-    manifest = clean | {"dropped": dropped, "splits": summaries, "repeats": repeats, **spent}
-    manifest["canaries"] = canaries
-    manifest["tokenizer_hash"] = encoder.record["hash"]
     with atomic_folder(folder / domain) as temporary:
-        for split, table in tables.items():
-            save_split(table, temporary / split, summaries[split]["hash"])
+        tokens = DomainWriter(config, domain, encoder.record, temporary)
+        for split in SPLITS:
+            with closing(encoded(config, domain, split, pool)) as tables:
+                for table, dropped in tables:
+                    if not tokens.add(split, table, dropped):
+                        break
+        manifest = clean | tokens.finish(clean)
+        manifest["tokenizer_hash"] = encoder.record["hash"]
         write_json(temporary / "manifest.json", manifest)
 
 
+def encoded(
+    config: Config, domain: str, split: str, pool: Executor | None
+) -> Iterator[tuple[pa.Table, Counter]]:
+    """Stored columns of a split's documents in their order, and those dropped by filter."""
+    folder = processed_folder(config) / "tokenizer"
+    calls = (
+        (folder, *(batch[name].to_pylist() for name in ("document_id", "text")))
+        for batch in clean_batches(config, domain, *split_range(config.data, split))
+    )
+    unk = config.data.max_unk_share
+    return in_order(pool, encode_batch, ((*call, unk) for call in calls), config.data.num_proc)
+
+
+class DomainWriter:
+    """Writes the splits of a domain in one pass, with what depends on train: its budget, the
+    repeated rows, and the tokens that canaries are drawn from."""
+
+    def __init__(
+        self, config: Config, domain: str, tokenizer: dict[str, Any], folder: Path
+    ) -> None:
+        self.config, self.domain, self.tokenizer = config, domain, tokenizer
+        self.splits = {split: SplitWriter(folder / split) for split in (*SPLITS, CANARY)}
+        self.dropped: dict[str, Counter] = {split: Counter() for split in SPLITS}
+        self.budget = budget_of(config.data, domain)
+        self.eligible: dict[str, None] = {}  # in order: train documents of at least T tokens
+        self.train_tokens = np.zeros(tokenizer["vocab_size"], dtype=np.int64)
+
+    def add(self, split: str, table: pa.Table, dropped: Counter) -> bool:
+        """Add documents of a split; False when it is full and takes no more."""
+        self.dropped[split] += dropped
+        used, full = self.splits[split].counts["tokens"], False
+        if split == "train" and self.budget:
+            # the first documents until the budget is reached
+            ends = used + np.cumsum(table_lengths(table))
+            count = int(np.searchsorted(ends, self.budget)) + 1
+            full, table = count <= len(ends), table.slice(0, count)
+        self.splits[split].add(table)
+        if split == "train":
+            self._look_at(table)
+        return not full
+
+    def _look_at(self, table: pa.Table) -> None:
+        data = self.config.data
+        if len(self.eligible) < len(wanted_repeats(self.domain, data)):
+            long = table_lengths(table) > data.block_size  # T tokens and the separator
+            self.eligible |= dict.fromkeys(table["document_id"].filter(pa.array(long)).to_pylist())
+        for chunk in table["input_ids"].chunks:
+            flat = chunk.flatten().to_numpy()
+            self.train_tokens += np.bincount(flat, minlength=len(self.train_tokens))
+
+    def finish(self, clean: dict[str, Any]) -> dict[str, Any]:
+        """Write what is left; the domain's manifest, as far as it is not that of the clean text."""
+        data, domain, written = self.config.data, self.domain, self.splits
+        total = sum(self.dropped.values(), Counter())
+        dropped = clean["dropped"] | {name: total[name] for name in TOKEN_FILTERS}
+        documents = sum(writer.counts["documents"] for writer in written.values())
+        check_not_empty(domain, documents, clean["read"], dropped)
+        train = written["train"].counts
+        left = count_clean(self.config, domain, *split_range(data, "train")) - train["documents"]
+        repeats, canaries = (
+            choose_repeats(list(self.eligible), domain, data),
+            choose_canaries(domain, data),
+        )
+        table = canary_table(self.train_tokens, list(canaries), domain, data, self.tokenizer)
+        written[CANARY].add(table)
+        extra = {"train": repeats, CANARY: canaries}
+        splits = {split: writer.close(extra.get(split, {})) for split, writer in written.items()}
+        if canaries:  # what is trained on has changed
+            splits["train"]["hash"] = digest([splits[s]["hash"] for s in ("train", CANARY)], 64)
+        return {
+            "dropped": dropped,
+            "splits": splits,
+            "repeats": repeats,
+            "canaries": canaries,
+            "budget_tokens": self.budget,
+            "unused_documents": left - self.dropped["train"].total(),
+            "shortfall_tokens": max(0, self.budget - train["tokens"]),
+        }
+
+
 # --- stages -----------------------------------------------------------
+
+
+class Reading:
+    """The source files of a domain, read in order until it has `stop` records (0: all of them).
+
+    Several are read at a time: what lies beyond, and its errors, does not count.
+    """
+
+    def __init__(self, files: list[str], stop: int) -> None:
+        self.files, self.stop, self.begun = files, stop, 0
+        self.ended: dict[int, Future] = {}
+
+    def more(self) -> bool:
+        """Whether another file should be read now. Raises the error of one that is needed."""
+        records = 0
+        for i in range(self.begun):
+            if i not in self.ended or (self.stop and records >= self.stop):
+                break
+            records += self.ended[i].result()
+        return self.begun < len(self.files) and not (self.stop and records >= self.stop)
+
+
+def read_shards(config: Config, pool: Executor | None, domains: list[str]) -> None:
+    """Read the source files of domains whose cleaned text is not there, in the pool's processes."""
+    todo = [d for d in domains if config.overwrite or not clean_done(config, d)]
+    if pool is not None:  # without one, clean_domain reads what it needs
+        stop = last_record(config.data)
+        readings = {d: Reading(source_files(config.data, d), stop) for d in todo}
+        _read(config, pool, readings)
+
+
+def read_share(config: Config, pool: Executor | None) -> str:
+    """Read the source files that are this call's among data.task_count; a line on what it did.
+
+    Of data.num_documents it reads its share, as if all files were of one size: the call that does
+    the rest reads what is missing.
+    """
+    data, count = config.data, config.data.task_count
+    todo = [d for d in domains_to_clean(config) if not clean_done(config, d)]
+    readings = {
+        d: Reading(source_files(data, d)[data.task_index :: count], -(-last_record(data) // count))
+        for d in todo
+    }
+    if pool is None:
+        for domain, reading in readings.items():
+            while reading.more():
+                reading.ended[reading.begun] = done = Future()
+                done.set_result(read_shard(config, domain, reading.files[reading.begun]))
+                reading.begun += 1
+    else:
+        _read(config, pool, readings)
+    files = sum(reading.begun for reading in readings.values())
+    return f"task {data.task_index} of {count}: {files} files of {len(todo)} domains read"
+
+
+def _read(config: Config, pool: Executor, readings: dict[str, Reading]) -> None:
+    with tqdm(desc="read", unit="file", disable=None) as bar:
+
+        def take() -> tuple[Any, Call] | None:
+            wanting = [d for d, reading in readings.items() if reading.more()]
+            if not wanting:
+                return None
+            domain = min(wanting, key=lambda d: readings[d].begun)
+            i, readings[domain].begun = readings[domain].begun, readings[domain].begun + 1
+            return (domain, i), (read_shard, config, domain, readings[domain].files[i])
+
+        def give(key: Any, future: Future) -> None:
+            domain, i = key
+            readings[domain].ended[i] = future
+            bar.update()
+
+        run_queue(take, give, pool, config.data.num_proc, "read")
 
 
 def clean_again(config: Config, domain: str) -> None:
@@ -362,21 +530,27 @@ def clean_domains(
 ) -> None:
     """Make the cleaned text of these domains where it is not there yet."""
     function = clean_again if overwrite else clean_domain
-    run_all([(function, config, d) for d in domains], pool, "clean", "domain")
+    read_shards(config, pool, domains)
+    run_all([(function, config, d) for d in domains], pool, "merge", "domain")
 
 
 def clean_present_domains(config: Config, pool: Executor | None) -> None:
     """Cleaned text of the present domains, except those whose processed data is already there."""
+    clean_domains(config, pool, domains_to_clean(config), config.overwrite)
+
+
+def domains_to_clean(config: Config) -> list[str]:
+    """Present domains whose processed data is not there."""
     record = processed_folder(config) / "tokenizer" / TOKENIZER_RECORD
     tokenizer_hash = read_json(record)["hash"] if record.is_file() else ""
-    domains = [d for d in config.processed_domains if not domain_done(config, d, tokenizer_hash)]
-    clean_domains(config, pool, domains, config.overwrite)
+    return [d for d in config.processed_domains if not domain_done(config, d, tokenizer_hash)]
 
 
 def tokenize_domains(config: Config, pool: Executor | None, tokenizer_hash: str) -> list[str]:
     """Processed data of the present domains; returns those that had to be made."""
     todo = [d for d in config.processed_domains if not domain_done(config, d, tokenizer_hash)]
-    run_all([(tokenize_domain, config, d) for d in todo], pool, "tokenise", "domain")
+    for domain in tqdm(todo, "tokenise", unit="domain", disable=None):
+        tokenize_domain(config, domain, pool)
     return todo
 
 
@@ -420,7 +594,7 @@ def summary(config: Config, manifest: dict[str, Any]) -> str:
         m = manifest["domains"][domain]
         splits = [m["splits"][split] for split in SPLITS]
         filtered = [m["dropped"][name] for name in (*FILTERS, *TOKEN_FILTERS)]
-        numbers = [m["read"], *filtered, m["unused"]["documents"], m["shortfall_tokens"]]
+        numbers = [m["read"], *filtered, m["unused_documents"], m["shortfall_tokens"]]
         drops.append([domain, *map(str, numbers)])
         cells = [f"{s['documents']}/{s['tokens']}" for s in splits]
         # one separator per document is no token of the text.

@@ -1,6 +1,7 @@
 """The tokenizer all partitions share: making, loading, identity; ids with the bytes under each."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def byte_alphabet() -> list[str]:
     return [chr(b if b in printable else next(others)) for b in range(256)]
 
 
-def train_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of `vocab_size` tokens, a function of the set of texts alone."""
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE of `vocab_size` tokens, a function of what words texts have how often."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = _words(), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -47,7 +48,7 @@ def train_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=byte_alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(sorted(texts), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
