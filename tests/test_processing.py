@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import os
+import platform
 import random
 import shutil
 import subprocess
@@ -794,8 +795,8 @@ def test_killed_run_is_repeated_without_redoing_what_is_finished(corpus, tmp_pat
     folder = processed_folder(config)
     complete = tree_hashes(folder)
     # killed while `hi` was written: a temporary folder of a dead process, no final one.
-    os.replace(folder / "hi", folder / ".hi.tmp999999999")
-    (folder / ".hi.tmp999999999" / "hashes.json").unlink()
+    os.replace(folder / "hi", folder / f".hi.tmp999999999@{platform.node()}")
+    (folder / f".hi.tmp999999999@{platform.node()}" / "hashes.json").unlink()
     (folder / "manifest.json").unlink()
     written = (folder / "en" / "manifest.json").stat().st_mtime_ns
     run(config)

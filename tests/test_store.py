@@ -1,6 +1,7 @@
 """Atomic artefacts: complete or absent, damaged ones noticed, old content kept on failure."""
 
 import os
+import platform
 import subprocess
 import time
 from pathlib import Path
@@ -38,12 +39,54 @@ def test_a_failed_body_leaves_nothing(tmp_path):
 
 
 def test_a_killed_writer_is_cleaned_up_and_a_living_one_is_kept(tmp_path):
-    dead = tmp_path / ".x.tmp4194305"  # above the largest process id of Linux
-    alive = tmp_path / f".x.tmp{os.getppid()}"
+    here = platform.node()
+    dead = tmp_path / f".x.tmp4194305@{here}"  # above the largest process id of Linux
+    alive = tmp_path / f".x.tmp{os.getppid()}@{here}"
     dead.mkdir()
     alive.mkdir()
     make(tmp_path / "x")
     assert not dead.exists() and alive.exists()
+
+
+def test_another_machines_writer_is_kept_for_a_day(tmp_path):
+    """Process ids say nothing there: this one is that of no process here."""
+    young, old = (tmp_path / f".x.tmp4194305@{name}" for name in ("a", "b"))
+    for path in (young, old):
+        path.mkdir()
+        (path / "file").write_text("half")
+    for path in (old, old / "file"):
+        os.utime(path, (time.time() - store.ABANDONED - 9,) * 2)
+    make(tmp_path / "x")
+    assert young.exists() and not old.exists()
+    (tmp_path / f".y.json.tmp4194305@{platform.node()}").write_text("half a file")
+    store.remove_abandoned(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [young.name, "x"]
+
+
+def test_a_writer_who_was_quicker_is_replaced(tmp_path, monkeypatch):
+    """Two that publish one folder at a time: the second finds it there when it renames its own."""
+    replace, calls = os.replace, []
+
+    def slow(source, target):
+        calls.append(target)
+        if len(calls) == 1:
+            make_aside = tmp_path / "quicker"
+            make_aside.mkdir()
+            (make_aside / "file").write_text("theirs")
+            replace(make_aside, tmp_path / "x")
+        return replace(source, target)
+
+    temporary = tmp_path / "own"
+    (temporary / "sub").mkdir(parents=True)
+    (temporary / "sub/a.txt").write_text("ours")
+    store.write_json(temporary / "hashes.json", {})
+    calls.clear()
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: slow(a, b) if b == tmp_path / "x" else replace(a, b)
+    )
+    store.publish(temporary, tmp_path / "x")
+    assert (tmp_path / "x/sub/a.txt").read_text() == "ours" and verify(tmp_path / "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 def test_a_writer_that_ended_and_was_not_waited_for_is_cleaned_up(tmp_path):
@@ -51,7 +94,7 @@ def test_a_writer_that_ended_and_was_not_waited_for_is_cleaned_up(tmp_path):
     stat = Path(f"/proc/{ended.pid}/stat")
     while stat.read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
-    left = tmp_path / f".a.tmp{ended.pid}"
+    left = tmp_path / f".a.tmp{ended.pid}@{platform.node()}"
     left.mkdir()
     store.remove_leftovers(tmp_path / "a")
     assert not left.exists()

@@ -25,7 +25,7 @@ from tiered.modeling_tiered import TieredForCausalLM, assign
 from tiered.partition import PartitionMap
 from tiered.record import SCORING_CODE, training_environment
 from tiered.scoring import ScoreCache, TokenScores, score_prefixes, score_rows
-from tiered.store import code_hash, content_hash, digest, read_json
+from tiered.store import code_hash, content_hash, digest, read_json, temporary_of
 
 SCHEMA = 5
 MAX_UNK_SHARE = 0.01  # rows above it print `undefined`: [UNK] hides the text it replaces
@@ -175,7 +175,7 @@ def _extra(scores: RowScores, name: str) -> pa.Array:
 def write_rows(path: Path, table: pa.Table) -> None:
     """Write a rows table as parquet, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_of(path)
     pq.write_table(table, temporary)
     temporary.replace(path)
 

@@ -4,7 +4,6 @@ Shapes: R rows, T tokens per row, S = T - 1 scored positions; position t predict
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiered.modeling_tiered import PrefixGroup, TieredForCausalLM, needed_positions, prefix_groups
-from tiered.store import code_hash, digest
+from tiered.store import code_hash, digest, remove_abandoned, temporary_of
 
 GROUP_BATCHES = 64  # batches that are cached together
 # Logits that are alive at once where the head is a plain projection: what a CPU's cache holds,
@@ -65,6 +64,8 @@ class ScoreCache:
         self.computed_by = [environment, code_hash("tiered/scoring.py")]
         self.renew = renew
         self.renewed: set[Path] = set()
+        for name in model_hashes.values():
+            remove_abandoned(folder / name)
 
     def read(self, path: Path) -> dict[str, torch.Tensor] | None:
         """A stored group, or None where it must be scored."""
@@ -75,7 +76,7 @@ class ScoreCache:
     def write(self, path: Path, found: dict[str, torch.Tensor]) -> None:
         """Store a group, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".tmp{os.getpid()}")
+        temporary = temporary_of(path)
         save_file({name: values.contiguous() for name, values in found.items()}, temporary)
         temporary.replace(path)
         self.renewed.add(path)

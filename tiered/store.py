@@ -6,14 +6,17 @@ folder under its final name is complete by construction and a damaged one is not
 """
 
 import ast
+import contextlib
+import errno
 import functools
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ HASHES = "hashes.json"
 TOKENIZER_RECORD = "tokenizer_record.json"  # beside a tokenizer: which domains trained it
 TIMINGS = "timings.json"
 UNHASHED = (HASHES, TIMINGS)
+ABANDONED = 86_400.0  # seconds without a write after which another machine's writer counts as dead
 
 
 class UserError(ValueError):
@@ -99,11 +103,17 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def temporary_of(path: Path, kind: str = "tmp") -> Path:
+    """Where a file or folder is written before it gets its name: beside it, named after the writer
+    (process and machine: several may share a file system)."""
+    return path.with_name(f".{path.name}.{kind}{os.getpid()}@{platform.node()}")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: the old content stands until the new one is complete on disk."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    temporary = temporary_of(path)
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
@@ -128,17 +138,17 @@ def tree_hashes(folder: Path) -> dict[str, str]:
     return {p.relative_to(folder).as_posix(): file_hash(p) for p in files}
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `folder`, hashed and flushed, if the body succeeds.
 
     If the body fails the temporary folder is removed; if the process is killed it stays as
-    `.<name>.tmp<pid>` and the next writer of the same folder removes it.
+    `.<name>.tmp<pid>@<host>` and the next writer of the same folder removes it.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
+    temporary = temporary_of(folder)
     temporary.mkdir()
     try:
         yield temporary
@@ -156,29 +166,56 @@ def publish(temporary: Path, folder: Path) -> None:
                 os.fsync(file.fileno())
         else:
             _sync_folder(path)
-    if folder.exists():
-        # rename cannot replace a non-empty folder: move the old one aside first.
-        aside = folder.with_name(f".{folder.name}.old{os.getpid()}")
-        os.replace(folder, aside)
-        os.replace(temporary, folder)
-        shutil.rmtree(aside)
-    else:
-        os.replace(temporary, folder)
+    aside = temporary_of(folder, "old")
+    while True:
+        try:
+            os.replace(temporary, folder)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        # rename cannot replace a non-empty folder: the old one, or that of another writer who was
+        # quicker, is moved aside first
+        shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
     _sync_folder(folder.parent)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed writer of `folder` left behind; a living writer's folder is kept."""
-    for path in folder.parent.glob(f".{folder.name}.tmp*"):
-        owner = path.name.rsplit("tmp", 1)[1]
-        if not (owner.isdigit() and _alive(int(owner))) or int(owner) == os.getpid():
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove what a killed writer of `folder` left behind; a living writer's folder is kept, one of
+    another machine's while it is not older than ABANDONED."""
+    remove_abandoned(folder.parent, folder.name)
     for path in folder.parent.glob(f".{folder.name}.old*"):
         # killed between the two renames of `publish`: the old folder is the complete one.
         if folder.exists():
             shutil.rmtree(path, ignore_errors=True)
         else:
             os.replace(path, folder)
+
+
+def remove_abandoned(folder: Path, name: str = "*") -> None:
+    """Remove from a folder what killed writers of its files and folders left behind; name: of one
+    of them."""
+    for path in folder.glob(f".{name if name == '*' else glob.escape(name)}.tmp*"):
+        process, _, machine = path.name.rpartition(".tmp")[2].partition("@")
+        if machine != platform.node():
+            living = _age(path) < ABANDONED
+        else:
+            living = process.isdigit() and int(process) != os.getpid() and _alive(int(process))
+        if not living and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif not living:
+            path.unlink(missing_ok=True)
+
+
+def _age(folder: Path) -> float:
+    """Seconds since something in a folder was last written."""
+    try:
+        return time.time() - max(p.stat().st_mtime for p in (folder, *folder.rglob("*")))
+    except FileNotFoundError:  # it is being written, or removed
+        return 0.0
 
 
 def _alive(process: int) -> bool:
@@ -229,7 +266,7 @@ def link_tree(source: Path, target: Path) -> None:
     """Make `target` a copy of `source` by hard links (plain copies across file systems)."""
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target)
-    temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
+    temporary = temporary_of(target)
     shutil.copytree(source, temporary, copy_function=_link_or_copy)
     if target.exists():
         shutil.rmtree(target)

@@ -23,7 +23,7 @@ from tiered.experts import expert_scores, experts_of
 from tiered.metrics import NOT_APPLICABLE
 from tiered.record import training_environment
 from tiered.router import load_models
-from tiered.store import code_hash, content_hash, digest, seed_of
+from tiered.store import code_hash, content_hash, digest, seed_of, temporary_of
 from tiered.unlearning.systems import Context, Forget, NotApplicable, Outcome, edited
 
 PURGE_CODE = ("tiered/unlearning/purge.py",)
@@ -118,7 +118,7 @@ def calibration_scores(context: Context, forget: Forget, k: int) -> Scores:
         model, context.data, batch_rows=context.config.eval.batch_rows, domains=domains
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = temporary_of(path)
     save_file(scores, temporary)
     temporary.replace(path)
     return scores
