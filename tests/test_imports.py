@@ -12,8 +12,9 @@ ALLOWED = {
     "config": {"domains", "store"},
     "partition": {"config", "domains", "store"},
     "cleaning": {"config", "domains", "sources", "store"},
-    "sources": {"config", "store"},
-    "tokenization": {"store"},
+    "hub": {"store"},
+    "sources": {"config", "hub", "store"},
+    "tokenization": {"hub", "store"},
     "processing": {
         *("cleaning", "config", "data", "sources", "store", "tokenization", "workers"),
     },

@@ -41,6 +41,7 @@ from tiered.store import (
     read_json,
     verify,
     write_json,
+    write_json_once,
 )
 
 # Fields that decide the cleaned text; shares, budgets and the tokenizer come after it.
@@ -130,7 +131,7 @@ def min_hash(text: str) -> np.ndarray:
 def clean_key(config: Config) -> str:
     """Name of the folder of cleaned text: the hash of what decides it."""
     fields = {name: plain(getattr(config.data, name)) for name in CLEAN_FIELDS}
-    code = code_hash(*(f"tiered/{name}.py" for name in ("cleaning", "domains", "sources")))
+    code = code_hash(*(f"tiered/{name}.py" for name in ("cleaning", "domains", "hub", "sources")))
     return digest([fields, code])
 
 
@@ -148,6 +149,21 @@ def shard_folder(config: Config, domain: str, path: str) -> Path:
     """Where what was read of a source file stands, by its name and content."""
     identity = [path, None if "://" in path else file_hash(Path(path))]
     return shards_folder(config, domain) / digest(identity)
+
+
+def pinned_files(config: Config, domain: str) -> Path:
+    """The list of a domain's source files on the hub."""
+    return clean_folder(config, domain).parent / ".files" / f"{domain}.json"
+
+
+def domain_files(config: Config, domain: str) -> list[str]:
+    """Source files of a domain; those of the hub as they were found first (their URLs hold the
+    commit), however often reading is begun again and on however many machines."""
+    pinned = pinned_files(config, domain)
+    if pinned.is_file():
+        return read_json(pinned)
+    files = source_files(config.data, domain)
+    return write_json_once(pinned, files) if any("://" in f for f in files) else files
 
 
 def last_record(data: DataConfig) -> int:
@@ -447,7 +463,7 @@ def clean_domain(config: Config, domain: str, overwrite: bool = False) -> Path:
     if not overwrite and clean_done(config, domain):
         verify(folder)
         return folder
-    files = source_files(data, domain)
+    files = domain_files(config, domain)
     found = gather(config, domain, files)
     counts = found.counts
     if found.chunks and data.exact_duplicates:

@@ -33,7 +33,8 @@ UNKEYED = (
     *("num_proc", "task_count", "task_index", "processed_dir", "separate_documents"),
 )
 PROCESSING_CODE = tuple(
-    f"tiered/{name}.py" for name in ("cleaning", "domains", "processing", "sources", "tokenization")
+    f"tiered/{name}.py"
+    for name in ("cleaning", "domains", "hub", "processing", "sources", "tokenization")
 )
 # What a tokenizer folder may consist of; a model checkpoint beside it is not hashed.
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")

@@ -32,7 +32,9 @@ from tiered.cleaning import (
     clean_done,
     clean_folder,
     count_clean,
+    domain_files,
     last_record,
+    pinned_files,
     read_shard,
 )
 from tiered.config import CANARY, SPLITS, Config, DataConfig
@@ -473,7 +475,7 @@ def read_shards(config: Config, pool: Executor | None, domains: list[str]) -> No
     todo = [d for d in domains if config.overwrite or not clean_done(config, d)]
     if pool is not None:  # without one, clean_domain reads what it needs
         stop = last_record(config.data)
-        readings = {d: Reading(source_files(config.data, d), stop) for d in todo}
+        readings = {d: Reading(domain_files(config, d), stop) for d in todo}
         _read(config, pool, readings)
 
 
@@ -486,7 +488,9 @@ def read_share(config: Config, pool: Executor | None) -> str:
     data, count = config.data, config.data.task_count
     todo = [d for d in domains_to_clean(config) if not clean_done(config, d)]
     readings = {
-        d: Reading(source_files(data, d)[data.task_index :: count], -(-last_record(data) // count))
+        d: Reading(
+            domain_files(config, d)[data.task_index :: count], -(-last_record(data) // count)
+        )
         for d in todo
     }
     if pool is None:
@@ -521,7 +525,8 @@ def _read(config: Config, pool: Executor, readings: dict[str, Reading]) -> None:
 
 
 def clean_again(config: Config, domain: str) -> None:
-    """clean_domain under config.overwrite."""
+    """clean_domain under config.overwrite: of the hub's files as they are now."""
+    pinned_files(config, domain).unlink(missing_ok=True)
     clean_domain(config, domain, overwrite=True)
 
 

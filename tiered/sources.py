@@ -1,11 +1,13 @@
-"""Raw text of a domain: which files hold it, what identifies them, their records one by one."""
+"""Raw text of a domain: which files hold it, what identifies them, their records one by one.
 
-import itertools
+Files of the hub are fetched whole before they are read (tiered/hub.py), one per process at a time.
+"""
+
+import contextlib
 import json
 import lzma
 import os
 import re
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tiered.config import DataConfig
+from tiered.hub import URL, exists, fetched, patiently
 from tiered.store import UserError, file_hash
 
 JSON_NAME = re.compile(r"\.jsonl?(\.(gz|bz2|xz))?$")
@@ -77,29 +80,36 @@ def _format(name: str) -> str:
 
 
 def _open_builder(data: DataConfig, domain: str, name: str) -> datasets.DatasetBuilder:
-    """The load_dataset builder of a domain; network faults are retried, then a UserError."""
+    """The load_dataset builder of a domain; UserError where there is none, or no answer."""
     where = f"data.source: {data.source}"
-    for attempt in itertools.count(1):
+    local = Path(data.source).is_dir()
+
+    def build() -> datasets.DatasetBuilder:
         try:
             return datasets.load_dataset_builder(data.source, name, revision=data.revision or None)
-        except ValueError as error:
-            raise UserError(
-                f"{where} has no configuration {name!r} for domain {domain}"
-                f" ({' '.join(str(error).split())})"
-            ) from None
-        except (OSError, httpx2.HTTPError) as error:
-            if Path(data.source).is_dir():
-                raise UserError(
-                    f"{where} has no files for domain {domain} ({' '.join(str(error).split())})"
-                ) from None
-            # a lasting 503 or 429 comes out of datasets as FileNotFoundError: not proof of absence.
-            offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-            if attempt == 3 or offline:
-                raise UserError(
-                    f"{where} is neither a folder here nor reachable on the hub for domain"
-                    f" {domain} ({' '.join(str(error).split())})"
-                ) from None
-            time.sleep(2.0**attempt)
+        except FileNotFoundError:
+            # a lasting 503 or 429 comes out of datasets as this, too: ask the hub itself
+            if local or not exists(data.source, data.revision):
+                raise
+            raise ConnectionError("the hub has it and does not give its files") from None
+
+    try:
+        return build() if local else patiently(f"{where}, domain {domain}", build)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(
+            f"{where} has no configuration {name!r} for domain {domain}"
+            f" ({' '.join(str(error).split())})"
+        ) from None
+    except (OSError, httpx2.HTTPError) as error:
+        said = " ".join(str(error).split())
+        if local:
+            raise UserError(f"{where} has no files for domain {domain} ({said})") from None
+        raise UserError(
+            f"{where} is neither a folder here nor reachable on the hub for domain {domain}"
+            f" ({said})"
+        ) from None
 
 
 def source_record(data: DataConfig, files: list[str], read: set[str]) -> dict[str, Any]:
@@ -212,16 +222,16 @@ def raw_records(path: str, data: DataConfig) -> Iterator[tuple[str | None, str]]
         raise UserError(f"{path}: not a .jsonl, .json, .parquet or .txt file")
     number = 0
     try:
-        for record in readers[kind](path, data):
-            number += 1
-            yield record
+        with contextlib.ExitStack() as stack:
+            file = path
+            if URL.fullmatch(path):
+                folder = Path(data.processed_dir) / ".fetched"
+                file = str(stack.enter_context(fetched(path, folder)))
+            for record in readers[kind](file, data):
+                number += 1
+                yield record
     except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path}: truncated, damaged or unreadable after record {number}"
             f" ({' '.join(str(error).split())})"
-        ) from None
-    except httpx2.HTTPError as error:
-        raise UserError(
-            f"{path}: connection lost after record {number} ({error}); finished domains are kept,"
-            " run again"
         ) from None

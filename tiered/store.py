@@ -131,6 +131,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, text + "\n")
 
 
+def write_json_once(path: Path, value: Any) -> Any:
+    """Write a value unless the file is there; what the file holds then, for all who call this."""
+    if not path.is_file():
+        temporary = temporary_of(path, "once")
+        write_json(temporary, value)
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+        temporary.unlink()
+    return read_json(path)
+
+
 def tree_hashes(folder: Path) -> dict[str, str]:
     """sha256 of every file below a folder, by relative path, sorted; timings are left out."""
     folder = Path(folder)

@@ -9,6 +9,7 @@ import httpx2
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tiered.hub import snapshot
 from tiered.store import TOKENIZER_RECORD, UserError, canonical_json, digest, read_json
 
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -76,7 +77,6 @@ def fast_tokenizer(backend: Tokenizer) -> Any:
 
 def load_tokenizer(name: str, revision: str) -> Any:
     """The fast tokenizer of a folder or of the hub; raises UserError."""
-    from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer
 
     folder = name
@@ -84,9 +84,10 @@ def load_tokenizer(name: str, revision: str) -> Any:
         if not Path(name).is_dir():
             # whole files first: a fault while AutoTokenizer reads them one by one can come out as
             # another tokenizer without an error.
-            patterns = ["*.json", "*.txt", "*.model", "*.jinja"]
-            folder = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
+            folder = snapshot(name, revision, ["*.json", "*.txt", "*.model", "*.jinja"])
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
+    except UserError as error:
+        raise UserError(f"tokenizer.name: {error}") from None
     except (OSError, ValueError, KeyError, httpx2.HTTPError) as error:
         raise UserError(
             f"tokenizer.name: cannot load {name!r} ({' '.join(str(error).split())[:300]})"
