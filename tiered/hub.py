@@ -140,8 +140,10 @@ def fetched(url: str, folder: Path) -> Iterator[Path]:
         file = patiently(url, download)
     except (OSError, errors.HfHubHTTPError) as error:
         raise UserError(f"{url}: cannot be fetched ({' '.join(str(error).split())})") from None
-    yield file
-    shutil.rmtree(own, ignore_errors=True)
+    try:
+        yield file
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def check_file(file: Path, repo: str, revision: str, path: str) -> None:
