@@ -10,6 +10,7 @@ a domain is a function of its own raw text and the config, never of the order of
 is spread over them, of the number of processes, or of how often they were stopped.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -30,7 +31,14 @@ from datasketch import MinHash
 
 from tiered.config import Config, DataConfig, plain
 from tiered.domains import script_share
-from tiered.sources import BATCH_DOCUMENTS, raw_records, source_changed, source_files, source_record
+from tiered.sources import (
+    BATCH_DOCUMENTS,
+    Damaged,
+    raw_records,
+    source_changed,
+    source_files,
+    source_record,
+)
 from tiered.store import (
     UserError,
     atomic_folder,
@@ -39,6 +47,7 @@ from tiered.store import (
     file_hash,
     is_complete,
     read_json,
+    remove_abandoned,
     verify,
     write_json,
     write_json_once,
@@ -75,7 +84,7 @@ LARGEST_GROUPS = 1024  # of a chunk
 COMPARED = 2**17  # documents whose hashes are compared at once
 POSITIONS = 2.0**53  # positions are multiples of 2^-53: what a float64 holds exactly
 INDEX = np.dtype(
-    [("position", "<u8"), ("id", "<u8"), ("words", "<u8", 2), ("record", "<u8"), ("bytes", "<u4")]
+    [("position", "<u8"), ("id", "<u8"), ("words", "<u8", 2), ("record", "<u8"), ("bytes", "<u8")]
 )
 
 # --- documents -------------------------------------------------------------------------------
@@ -113,15 +122,35 @@ def verdict(text: str, data: DataConfig, domain: str) -> int:
     return KEPT
 
 
+@functools.cache
+def _permutations() -> np.ndarray:
+    """The hash functions of every MinHash (making them takes as long as a short text)."""
+    return MinHash(PERMUTATIONS, seed=1, scheme="affine32").permutations
+
+
+def shingles(text: str) -> np.ndarray:
+    """Different 32-bit hashes of a text's shingles of characters (lower case, white space
+    collapsed): (K,) uint64."""
+    characters = np.frombuffer(" ".join(text.lower().split()).encode("utf-32-le"), "<u4")
+    count = max(1, len(characters) - SHINGLE_CHARACTERS + 1)
+    mixed = np.zeros(count, dtype="<u8")
+    for start in range(min(SHINGLE_CHARACTERS, len(characters))):
+        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + characters[start : start + count]
+    mixed ^= mixed >> np.uint64(31)  # splitmix64's last steps: every character reaches every bit
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    return np.unique(mixed >> np.uint64(32))
+
+
 def min_hash(text: str) -> np.ndarray:
-    """MinHash of a text's set of character shingles (lower case, white space collapsed):
-    (PERMUTATIONS,) uint32."""
-    # 4 bytes per character: shingles are plain byte slices.
-    data = " ".join(text.lower().split()).encode("utf-32-le")
-    width = 4 * SHINGLE_CHARACTERS
-    shingles = {data[i : i + width] for i in range(0, max(4, len(data) - width + 4), 4)}
-    result = MinHash(PERMUTATIONS, seed=1, hashfunc=xxhash.xxh32_intdigest)
-    result.update_batch(shingles)
+    """MinHash of a text's set of shingles: (PERMUTATIONS,) uint32."""
+    result = MinHash(
+        PERMUTATIONS, permutations=_permutations(), scheme="affine32", hashfunc=lambda value: value
+    )
+    hashes = shingles(text).tolist()
+    for start in range(0, len(hashes), 4096):  # a long text would need gigabytes at once
+        result.update_batch(hashes[start : start + 4096])
     return result.hashvalues.astype("<u4")
 
 
@@ -171,27 +200,36 @@ def last_record(data: DataConfig) -> int:
     return data.first_document + data.num_documents if data.num_documents else 0
 
 
-def read_shard(config: Config, domain: str, path: str) -> int:
+def read_shard(config: Config, domain: str, path: str) -> tuple[int, str]:
     """Store the documents of a source file that pass the filters, unless they are there; returns
-    how many raw records were looked at.
+    how many raw records were looked at, and why there are no more of them if the file is damaged.
 
-    verdicts.npy (R,) uint8: of every record; shard.json: where and why records are broken; and the
-    documents in chunks (write_chunk).
+    Whether the broken records count, and the damage, is for the domain to say (gather): the file
+    may be the last one that data.num_documents needs, and needed in part. verdicts.npy (R,) uint8:
+    of every record; shard.json: where and why records are broken, and the damage; and the documents
+    in chunks (write_chunk).
     """
     folder, data = shard_folder(config, domain, path), config.data
-    if is_complete(folder):
-        return len(np.load(folder / "verdicts.npy", mmap_mode="r"))
-    verdicts, broken, chunks = bytearray(), [], 0
+    if is_complete(folder) and not read_json(folder / "shard.json")["damage"]:
+        return len(np.load(folder / "verdicts.npy", mmap_mode="r")), ""
+    verdicts, broken, chunks, damage = bytearray(), [], 0, ""
     waiting: list[tuple[str, int]] = []
     size = 0
     with atomic_folder(folder) as temporary:
         records = itertools.islice(raw_records(path, data), last_record(data) or None)
-        for number, (raw, why) in enumerate(records):
+        for number in itertools.count():
+            try:
+                raw, why = next(records)
+            except StopIteration:
+                break
+            except Damaged as error:
+                damage = str(error)
+                break
             if raw is None:
                 verdicts.append(BROKEN)
                 broken.append((number, why))
-                if not data.first_document:  # else it may come before those that count
-                    check_broken(data, domain, [(path, *own) for own in broken[-1:]], len(broken))
+                if not last_record(data) and not data.first_document:  # every record counts
+                    check_broken(data, domain, [(path, *broken[-1])], len(broken))
                 continue
             text = clean_text(raw, data)
             verdicts.append(verdict(text, data, domain))
@@ -205,8 +243,9 @@ def read_shard(config: Config, domain: str, path: str) -> int:
             write_chunk(waiting, data, temporary / f"{chunks:05d}")
             chunks += 1
         np.save(temporary / "verdicts.npy", np.frombuffer(bytes(verdicts), np.uint8))
-        write_json(temporary / "shard.json", {"file": path, "chunks": chunks, "broken": broken})
-    return len(verdicts)
+        record = {"file": path, "chunks": chunks, "broken": broken, "damage": damage}
+        write_json(temporary / "shard.json", record)
+    return len(verdicts), damage
 
 
 def check_broken(
@@ -321,7 +360,7 @@ def gather(config: Config, domain: str, files: list[str]) -> Gathered:
     for path in files:
         if last_record(data) and seen >= last_record(data):
             break
-        total = read_shard(config, domain, path)
+        total, damage = read_shard(config, domain, path)
         folder = shard_folder(config, domain, path)
         low = min(total, max(0, data.first_document - seen))
         high = min(total, last_record(data) - seen) if last_record(data) else total
@@ -337,6 +376,8 @@ def gather(config: Config, domain: str, files: list[str]) -> Gathered:
         found.chunks += [Chunk(folder / f"{i:05d}", low, high) for i in range(shard["chunks"])]
         found.read.append(path)
         seen += total
+        if damage and not (last_record(data) and seen >= last_record(data)):
+            raise UserError(damage)
     if broken and len(broken) == found.counts["read"]:
         path, _, why = broken[-1]
         raise UserError(f"{path}: every record of domain {domain} is broken, the last one: {why}")
@@ -382,7 +423,8 @@ def candidates(chunks: list[Chunk], bands: int) -> np.ndarray:
             for c, chunk in enumerate(chunks):
                 values = chunk.band(band)
                 own = np.flatnonzero(chunk.kept & (values % parts == part))
-                rows.append(np.stack([values[own], np.full(len(own), c), own], 1).astype("<u8"))
+                where = np.stack([np.full_like(own, c), own], 1).astype("<u8")
+                rows.append(np.concatenate([values[own, None], where], 1))
             rows = np.concatenate(rows)
             rows = rows[np.argsort(rows[:, 0], kind="stable")]
             again = same(rows[:, :1])
@@ -405,9 +447,10 @@ def drop_near_duplicates(chunks: list[Chunk], threshold: float) -> int:
     table = candidates(chunks, lsh_bands(threshold)[0])
     kept_of: dict[int, list[tuple[int, int]]] = {}  # of a group
     hashes = functools.lru_cache(COMPARED // 32)(lambda c, row: chunks[c].min_hash(row))
-    dropped = 0
-    for (_, c, row), rows in itertools.groupby(table.tolist(), lambda entry: tuple(entry[:3])):
-        groups = [entry[3] for entry in rows]
+    dropped, starts = 0, np.flatnonzero(~same(table[:, :3]))
+    for begin, end in itertools.pairwise([*starts.tolist(), len(table)]):
+        c, row = (int(value) for value in table[begin, 1:3])
+        groups = table[begin:end, 3].tolist()
         others = {other for group in groups for other in kept_of.get(group, ())}
         own = hashes(c, row)
         if any((own == hashes(*other)).mean() >= threshold for other in others):
@@ -459,10 +502,35 @@ def clean_done(config: Config, domain: str) -> bool:
 
 def clean_domain(config: Config, domain: str, overwrite: bool = False) -> Path:
     """The folder of a domain's cleaned text, made unless it is there and its source unchanged."""
-    folder, data = clean_folder(config, domain), config.data
+    folder = clean_folder(config, domain)
     if not overwrite and clean_done(config, domain):
         verify(folder)
+        _remove_shards(config, domain)
         return folder
+    try:
+        _merge(config, domain)
+    except FileNotFoundError:
+        # another process that merged the same shards was quicker, and has removed them
+        if not clean_done(config, domain):
+            raise
+    _remove_shards(config, domain)
+    return folder
+
+
+def _remove_shards(config: Config, domain: str) -> None:
+    """Remove a domain's shards once they are merged; those that are being written end by
+    themselves, and are removed by the next call."""
+    folder = shards_folder(config, domain)
+    for path in folder.glob("[!.]*"):
+        shutil.rmtree(path, ignore_errors=True)
+    remove_abandoned(folder)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _merge(config: Config, domain: str) -> None:
+    """Write a domain's cleaned text from its shards."""
+    folder, data = clean_folder(config, domain), config.data
     files = domain_files(config, domain)
     found = gather(config, domain, files)
     counts = found.counts
@@ -483,8 +551,6 @@ def clean_domain(config: Config, domain: str, overwrite: bool = False) -> Path:
             "parts": write_parts(found.chunks, temporary),
         }
         write_json(temporary / "clean.json", record)
-    shutil.rmtree(shards_folder(config, domain), ignore_errors=True)
-    return folder
 
 
 def check_not_empty(domain: str, documents: int, read: int, dropped: dict[str, int]) -> None:

@@ -21,13 +21,16 @@ from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_
 from huggingface_hub.utils import filter_repo_objects
 from tqdm import tqdm
 
-from tiered.store import UserError, digest, file_hash
+from tiered.store import UserError, digest, file_hash, remove_abandoned, temporary_of
 
 URL = re.compile(r"hf://datasets/(?P<repo>[^@]+)@(?P<revision>[^/]+)/(?P<path>.+)")
 TRIES = 7  # of a request: waits of 1, 2, 4 .. 32 seconds, a minute together
 WAIT = 1.0  # seconds, the first
 LONGEST_WAIT = 120.0  # seconds, whatever the hub asks for
 FILE_SECONDS = 1800.0  # within which a file has to arrive
+
+# its native transfers cannot be interrupted when they stall
+constants.HF_HUB_DISABLE_XET = True
 
 Result = TypeVar("Result")
 
@@ -39,8 +42,8 @@ def passing(error: BaseException) -> bool:
     if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code if error.response is not None else 503
         return status in (408, 429) or status >= 500
-    if isinstance(error, errors.LocalEntryNotFoundError):  # it could not ask the hub
-        return True
+    if isinstance(error, errors.LocalEntryNotFoundError):  # it could not ask the hub, or was told
+        return not isinstance(error.__cause__, errors.HfHubHTTPError) or passing(error.__cause__)
     return isinstance(error, httpx2.TransportError | ConnectionError | TimeoutError | BadFile)
 
 
@@ -57,10 +60,13 @@ def patiently(what: str, action: Callable[[], Result]) -> Result:
     for attempt in range(1, TRIES + 1):
         try:
             return action()
+        except UserError:  # has had its tries
+            raise
         except Exception as error:
             fault = _fault(error)
             if not passing(fault):
-                raise
+                definite = isinstance(error.__cause__, errors.HfHubHTTPError)
+                raise (error.__cause__ if definite else error) from None
             said = f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
             if attempt == TRIES:
                 raise UserError(
@@ -79,7 +85,7 @@ def _fault(error: BaseException) -> BaseException:
     while seen is not None:
         if passing(seen):
             return seen
-        seen = seen.__cause__ or seen.__context__
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
     return error
 
 
@@ -124,10 +130,12 @@ def snapshot(repo: str, revision: str, patterns: list[str]) -> str:
 def fetched(url: str, folder: Path) -> Iterator[Path]:
     """A file of the hub as a path below `folder`, whole and checked; removed in the end.
 
-    A download that was cut off goes on where it stopped, in a later call too. Raises UserError.
+    A download that was cut off goes on where it stopped. Raises UserError.
     """
     name = URL.fullmatch(url)
-    own = folder / digest(url)
+    # of its own: another process may fetch the same file for another config
+    own = temporary_of(folder / digest(url))
+    remove_abandoned(folder)
     repo, revision, path = name["repo"], name["revision"], name["path"]
 
     def download() -> Path:
@@ -138,7 +146,11 @@ def fetched(url: str, folder: Path) -> Iterator[Path]:
 
     try:
         file = patiently(url, download)
-    except (OSError, errors.HfHubHTTPError) as error:
+    except UserError:
+        shutil.rmtree(own, ignore_errors=True)
+        raise
+    except (OSError, httpx2.HTTPError) as error:
+        shutil.rmtree(own, ignore_errors=True)
         raise UserError(f"{url}: cannot be fetched ({' '.join(str(error).split())})") from None
     try:
         yield file
@@ -148,7 +160,10 @@ def fetched(url: str, folder: Path) -> Iterator[Path]:
 
 def check_file(file: Path, repo: str, revision: str, path: str) -> None:
     """Compare a file with what the hub says of it; it is removed where they differ (BadFile)."""
-    (info,) = HfApi().get_paths_info(repo, path, revision=revision, repo_type="dataset")
+    found = HfApi().get_paths_info(repo, path, revision=revision, repo_type="dataset")
+    if not found:
+        raise BadFile(f"{path}: the hub says nothing of it")
+    (info,) = found
     if info.lfs is not None:
         expected, found = info.lfs.sha256, file_hash(file)
     else:  # git's own hash

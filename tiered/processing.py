@@ -177,23 +177,23 @@ def _training_text_changed(config: Config, trained_on: dict[str, str]) -> bool:
 
 def encode_batch(
     folder: Path, names: list[str], texts: list[str], max_unk_share: float
-) -> tuple[pa.Table, Counter]:
-    """Stored columns (FEATURES) of documents, each with its separator, and those dropped by filter.
+) -> tuple[pa.Table, list[str]]:
+    """Stored columns (FEATURES) of documents, each with its separator, and of all documents the
+    filter that drops them, or "".
 
     folder: the tokenizer's.
     """
-    encoder, counts = _encoder(folder), Counter()
+    encoder, verdicts = _encoder(folder), []
     kept, columns = [], ([], [], [])
     for name, parts in zip(names, encoder.encode(texts), strict=True):
-        why = encoder.verdict(parts[0], parts[1], max_unk_share)
-        if why:
-            counts[why] += 1
+        verdicts.append(encoder.verdict(parts[0], parts[1], max_unk_share))
+        if verdicts[-1]:
             continue
         kept.append(name)
         tails = (encoder.record["separator_id"], 0, 0)
         for column, part, tail in zip(columns, parts, tails, strict=True):
             column.append(np.append(part, tail))
-    return _batch_table(kept, columns), counts
+    return _batch_table(kept, columns), verdicts
 
 
 @functools.lru_cache(2)
@@ -359,8 +359,8 @@ def tokenize_domain(config: Config, domain: str, pool: Executor | None = None) -
         tokens = DomainWriter(config, domain, encoder.record, temporary)
         for split in SPLITS:
             with closing(encoded(config, domain, split, pool)) as tables:
-                for table, dropped in tables:
-                    if not tokens.add(split, table, dropped):
+                for table, verdicts in tables:
+                    if not tokens.add(split, table, verdicts):
                         break
         manifest = clean | tokens.finish(clean)
         manifest["tokenizer_hash"] = encoder.record["hash"]
@@ -369,8 +369,8 @@ def tokenize_domain(config: Config, domain: str, pool: Executor | None = None) -
 
 def encoded(
     config: Config, domain: str, split: str, pool: Executor | None
-) -> Iterator[tuple[pa.Table, Counter]]:
-    """Stored columns of a split's documents in their order, and those dropped by filter."""
+) -> Iterator[tuple[pa.Table, list[str]]]:
+    """Stored columns of a split's documents in their order, and what drops the others."""
     folder = processed_folder(config) / "tokenizer"
     calls = (
         (folder, *(batch[name].to_pylist() for name in ("document_id", "text")))
@@ -394,15 +394,18 @@ class DomainWriter:
         self.eligible: dict[str, None] = {}  # in order: train documents of at least T tokens
         self.train_tokens = np.zeros(tokenizer["vocab_size"], dtype=np.int64)
 
-    def add(self, split: str, table: pa.Table, dropped: Counter) -> bool:
-        """Add documents of a split; False when it is full and takes no more."""
-        self.dropped[split] += dropped
+    def add(self, split: str, table: pa.Table, verdicts: list[str]) -> bool:
+        """Add documents of a split, those without a verdict; False when it takes no more."""
         used, full = self.splits[split].counts["tokens"], False
         if split == "train" and self.budget:
             # the first documents until the budget is reached
             ends = used + np.cumsum(table_lengths(table))
             count = int(np.searchsorted(ends, self.budget)) + 1
             full, table = count <= len(ends), table.slice(0, count)
+            if full:  # what comes after the last of them is not looked at
+                last = [i for i, why in enumerate(verdicts) if not why][count - 1]
+                verdicts = verdicts[: last + 1]
+        self.dropped[split] += Counter(why for why in verdicts if why)
         self.splits[split].add(table)
         if split == "train":
             self._look_at(table)
@@ -456,8 +459,9 @@ class Reading:
     Several are read at a time: what lies beyond, and its errors, does not count.
     """
 
-    def __init__(self, files: list[str], stop: int) -> None:
-        self.files, self.stop, self.begun = files, stop, 0
+    def __init__(self, files: list[str], stop: int, whole: bool = True) -> None:
+        """whole: these are all files of the domain, so that a damaged one is known to be needed."""
+        self.files, self.stop, self.whole, self.begun = files, stop, whole, 0
         self.ended: dict[int, Future] = {}
 
     def more(self) -> bool:
@@ -466,13 +470,18 @@ class Reading:
         for i in range(self.begun):
             if i not in self.ended or (self.stop and records >= self.stop):
                 break
-            records += self.ended[i].result()
+            read, damage = self.ended[i].result()
+            records += read
+            if damage and self.whole and not (self.stop and records >= self.stop):
+                raise UserError(damage)
         return self.begun < len(self.files) and not (self.stop and records >= self.stop)
 
 
-def read_shards(config: Config, pool: Executor | None, domains: list[str]) -> None:
+def read_shards(
+    config: Config, pool: Executor | None, domains: list[str], overwrite: bool = False
+) -> None:
     """Read the source files of domains whose cleaned text is not there, in the pool's processes."""
-    todo = [d for d in domains if config.overwrite or not clean_done(config, d)]
+    todo = [d for d in domains if overwrite or not clean_done(config, d)]
     if pool is not None:  # without one, clean_domain reads what it needs
         stop = last_record(config.data)
         readings = {d: Reading(domain_files(config, d), stop) for d in todo}
@@ -487,10 +496,9 @@ def read_share(config: Config, pool: Executor | None) -> str:
     """
     data, count = config.data, config.data.task_count
     todo = [d for d in domains_to_clean(config) if not clean_done(config, d)]
+    stop = -(-last_record(data) // count)
     readings = {
-        d: Reading(
-            domain_files(config, d)[data.task_index :: count], -(-last_record(data) // count)
-        )
+        d: Reading(domain_files(config, d)[data.task_index :: count], stop, whole=False)
         for d in todo
     }
     if pool is None:
@@ -525,8 +533,7 @@ def _read(config: Config, pool: Executor, readings: dict[str, Reading]) -> None:
 
 
 def clean_again(config: Config, domain: str) -> None:
-    """clean_domain under config.overwrite: of the hub's files as they are now."""
-    pinned_files(config, domain).unlink(missing_ok=True)
+    """clean_domain under config.overwrite."""
     clean_domain(config, domain, overwrite=True)
 
 
@@ -535,7 +542,10 @@ def clean_domains(
 ) -> None:
     """Make the cleaned text of these domains where it is not there yet."""
     function = clean_again if overwrite else clean_domain
-    read_shards(config, pool, domains)
+    if overwrite:  # of the hub's files as they are now
+        for domain in domains:
+            pinned_files(config, domain).unlink(missing_ok=True)
+    read_shards(config, pool, domains, overwrite)
     run_all([(function, config, d) for d in domains], pool, "merge", "domain")
 
 

@@ -181,7 +181,7 @@ def _parquet_records(path: str, data: DataConfig) -> Iterator[tuple[str | None, 
     with fsspec.open(path, "rb") as file:
         table = pq.ParquetFile(file)
         if data.text_column not in table.schema_arrow.names:
-            raise UserError(
+            raise Damaged(
                 f"data.text_column: {path} has no column {data.text_column!r}"
                 f" (it has {', '.join(table.schema_arrow.names)})"
             )
@@ -214,8 +214,12 @@ def _text_records(path: str, data: DataConfig) -> Iterator[tuple[str | None, str
             yield _decode(unit)
 
 
+class Damaged(UserError):
+    """A source file that cannot be read to its end."""
+
+
 def raw_records(path: str, data: DataConfig) -> Iterator[tuple[str | None, str]]:
-    """(text, "") or (None, reason) per record of a file; a damaged file is a UserError."""
+    """(text, "") or (None, reason) per record of a file. Raises Damaged."""
     readers = {"json": _json_records, "parquet": _parquet_records, "text": _text_records}
     kind = _format(path)
     if not kind:
@@ -231,7 +235,7 @@ def raw_records(path: str, data: DataConfig) -> Iterator[tuple[str | None, str]]
                 number += 1
                 yield record
     except (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, OSError) as error:
-        raise UserError(
+        raise Damaged(
             f"{path}: truncated, damaged or unreadable after record {number}"
             f" ({' '.join(str(error).split())})"
         ) from None

@@ -136,9 +136,14 @@ def write_json_once(path: Path, value: Any) -> Any:
     if not path.is_file():
         temporary = temporary_of(path, "once")
         write_json(temporary, value)
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(temporary, path)
-        temporary.unlink()
+        except FileExistsError:
+            temporary.unlink()
+        except OSError:  # a file system without links
+            os.replace(temporary, path)
+        else:
+            temporary.unlink()
     return read_json(path)
 
 
@@ -198,7 +203,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what a killed writer of `folder` left behind; a living writer's folder is kept, one of
     another machine's while it is not older than ABANDONED."""
     remove_abandoned(folder.parent, folder.name)
-    for path in folder.parent.glob(f".{folder.name}.old*"):
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.old*"):
         # killed between the two renames of `publish`: the old folder is the complete one.
         if folder.exists():
             shutil.rmtree(path, ignore_errors=True)

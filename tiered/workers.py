@@ -63,8 +63,9 @@ def run_all(calls: list[Call], pool: Executor | None, label: str, unit: str) -> 
                 function(*arguments)
                 bar.update()
             return
-        futures = [pool.submit(*call) for call in calls]
+        futures: list[Future] = []
         with _ended(futures, label):
+            futures += [pool.submit(*call) for call in calls]
             for future in as_completed(futures):
                 future.result()
                 bar.update()
