@@ -4,13 +4,17 @@ import json
 import subprocess
 import sys
 
+import httpx2
 import pytest
+from huggingface_hub import errors
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.hub_server import COMMIT
 from tests.test_config import ROOT
 from tests.test_processing import make_texts, write_lines
+from tiered import hub
+from tiered.store import UserError
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +68,46 @@ def test_a_tokenizer_is_never_another_one(results):
     calm = results["tokenizer"]["calm"]["tokenizer"]
     for case, found in results["tokenizer"].items():
         assert found.get("tokenizer") == calm and found["struck"], (case, found)
+
+
+def answer(status: int) -> errors.HfHubHTTPError:
+    request = httpx2.Request("HEAD", "http://127.0.0.1/x")
+    return errors.HfHubHTTPError(f"{status}", response=httpx2.Response(status, request=request))
+
+
+@pytest.mark.parametrize(("status", "tries"), [(403, 1), (404, 1), (400, 1), (503, hub.TRIES)])
+def test_a_definite_answer_is_not_asked_for_again(status, tries, monkeypatch):
+    """The client wraps the answer to a HEAD in an error that also stands for no answer."""
+    monkeypatch.setattr(hub, "WAIT", 0.0)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    calls = []
+
+    def ask():
+        calls.append(1)
+        raise errors.LocalEntryNotFoundError("cannot find it") from answer(status)
+
+    with pytest.raises(
+        (errors.HfHubHTTPError, UserError), match=f"{status}|no answer from the hub after"
+    ):
+        hub.patiently("x", ask)
+    assert len(calls) == tries
+
+
+def test_tries_do_not_nest(monkeypatch):
+    monkeypatch.setattr(hub, "WAIT", 0.0)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    calls = []
+
+    def inner():
+        calls.append(1)
+        raise ConnectionError("gone")
+
+    def outer():
+        try:
+            raise FileNotFoundError
+        except FileNotFoundError:
+            hub.patiently("inner", inner)
+
+    with pytest.raises(UserError, match="inner: no answer from the hub after 7 tries"):
+        hub.patiently("outer", outer)
+    assert len(calls) == hub.TRIES

@@ -1,4 +1,4 @@
-"""Raw text -> cleaned documents of a domain, in bounded memory: filters, shards, duplicates, parts.
+"""Raw text -> cleaned documents of a domain, never all at once: filters, shards, duplicates, parts.
 
     <processed_dir>/.clean/<key>/.shards/<domain>/<shard>/  documents of one source file that passed
                                                             the filters, in chunks; until merged
@@ -7,7 +7,9 @@
 
 A document's position is a salted hash of its id in [0, 1): splits are ranges of it. What is kept of
 a domain is a function of its own raw text and the config, never of the order of files, of how text
-is spread over them, of the number of processes, or of how often they were stopped.
+is spread over them (data.num_documents takes the first records of the files in order), of the
+number of processes, or of how often they were stopped. A byte per document is held while a domain
+is merged, and about 100 for every band in which it may be a near duplicate.
 """
 
 import contextlib
@@ -80,7 +82,7 @@ PERMUTATIONS = 128
 CHUNK_BYTES = 2**25  # of text that a process holds before it writes a chunk of its shard
 PART_BYTES = 2**25  # of text in a part of the cleaned domain, about
 SMALLEST_GROUP = 64  # documents of a chunk that are read together, at least
-LARGEST_GROUPS = 1024  # of a chunk
+MOST_GROUPS = 1024  # of a chunk
 COMPARED = 2**17  # documents whose hashes are compared at once
 POSITIONS = 2.0**53  # positions are multiples of 2^-53: what a float64 holds exactly
 INDEX = np.dtype(
@@ -279,7 +281,7 @@ def write_chunk(documents: list[tuple[str, int]], data: DataConfig, path: Path) 
     index, documents = index[order], [documents[i] for i in order]
     np.save(path.with_suffix(".index.npy"), index)
     texts = pa.table({"text": pa.array([text for text, _ in documents], pa.large_string())})
-    group = max(SMALLEST_GROUP, len(documents) // LARGEST_GROUPS)
+    group = max(SMALLEST_GROUP, len(documents) // MOST_GROUPS)
     pq.write_table(texts, path.with_suffix(".parquet"), row_group_size=group)
     if data.near_duplicate_threshold:
         hashes = np.stack([min_hash(text) for text, _ in documents])  # (M, PERMUTATIONS)

@@ -35,6 +35,10 @@ constants.HF_HUB_DISABLE_XET = True
 Result = TypeVar("Result")
 
 
+class BadFile(OSError):
+    """A file that arrived is not the one the hub has."""
+
+
 def passing(error: BaseException) -> bool:
     """Whether a fault may be gone at the next try."""
     if constants.HF_HUB_OFFLINE or isinstance(error, errors.OfflineModeIsEnabled):
@@ -45,10 +49,6 @@ def passing(error: BaseException) -> bool:
     if isinstance(error, errors.LocalEntryNotFoundError):  # it could not ask the hub, or was told
         return not isinstance(error.__cause__, errors.HfHubHTTPError) or passing(error.__cause__)
     return isinstance(error, httpx2.TransportError | ConnectionError | TimeoutError | BadFile)
-
-
-class BadFile(OSError):
-    """A file that arrived is not the one the hub has."""
 
 
 def patiently(what: str, action: Callable[[], Result]) -> Result:

@@ -429,10 +429,8 @@ class DomainWriter:
         check_not_empty(domain, documents, clean["read"], dropped)
         train = written["train"].counts
         left = count_clean(self.config, domain, *split_range(data, "train")) - train["documents"]
-        repeats, canaries = (
-            choose_repeats(list(self.eligible), domain, data),
-            choose_canaries(domain, data),
-        )
+        repeats = choose_repeats(list(self.eligible), domain, data)
+        canaries = choose_canaries(domain, data)
         table = canary_table(self.train_tokens, list(canaries), domain, data, self.tokenizer)
         written[CANARY].add(table)
         extra = {"train": repeats, CANARY: canaries}
