@@ -231,6 +231,45 @@ def test_near_duplicates_agree_with_brute_force_jaccard(tmp_path):
     assert found == set(kept)
 
 
+@pytest.mark.parametrize("crowd", [1, 64, 1000])
+def test_near_duplicates_of_families_and_crowds_are_those_of_a_loop_over_pairs(
+    crowd, tmp_path, monkeypatch
+):
+    """In the order of ids a document goes if a kept one shares a band and is near enough: the rule
+    as a double loop, on families of up to 90 documents whose similarities lie around 0.8."""
+    rng = random.Random(3)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(400)]
+    documents = []
+    for size in (90, 70, *([1, 2, 3, 5] * 12)):
+        base = rng.choices(words, k=60)
+        for _ in range(size):
+            edited = list(base)
+            for _ in range(rng.randint(0, 6)):
+                edited[rng.randrange(60)] = rng.choice(words)
+            documents.append(" ".join(edited))
+    rng.shuffle(documents)
+    for name, value in (("CROWD", crowd), ("COMPARED", 100), ("AT_ONCE", 9)):
+        monkeypatch.setattr(cleaning, name, value)
+    chunks = []
+    for i in range(7):
+        cleaning.write_chunk([(t, 0) for t in documents[i::7]], DataConfig(), tmp_path / str(i))
+        chunks.append(cleaning.Chunk(tmp_path / str(i), 0, 1))
+    cleaning.drop_exact_duplicates(chunks)
+    bands, rows = cleaning.lsh_bands(0.8)
+    hashes = {cleaning.document_id(t): cleaning.min_hash(t) for t in documents}
+    kept: list[np.ndarray] = []
+    for _, own in sorted(hashes.items()):
+        parts = own[: bands * rows].reshape(bands, rows)
+        shared = [(parts == k[: bands * rows].reshape(bands, rows)).all(1).any() for k in kept]
+        near = [(own == k).mean() >= 0.8 for k in kept]
+        if not np.logical_and(shared, near).any():
+            kept.append(own)
+    assert cleaning.drop_near_duplicates(chunks, 0.8) == len(hashes) - len(kept) > 100
+    found = [chunk.index()["id"][chunk.kept] for chunk in chunks]
+    expected = [int(n, 16) for n, h in hashes.items() if any(h is k for k in kept)]
+    assert sorted(np.concatenate(found).tolist()) == sorted(expected)
+
+
 def test_result_does_not_depend_on_the_order_of_files_and_records(corpus, tmp_path, bpe):
     rng = random.Random(1)
     for domain in bpe.data.domains:

@@ -8,8 +8,9 @@
 A document's position is a salted hash of its id in [0, 1): splits are ranges of it. What is kept of
 a domain is a function of its own raw text and the config, never of the order of files, of how text
 is spread over them (data.num_documents takes the first records of the files in order), of the
-number of processes, or of how often they were stopped. A byte per document is held while a domain
-is merged, and about 100 for every band in which it may be a near duplicate.
+number of processes, or of how often they were stopped. While a domain is merged, a byte per
+document is held, 8 per pair of near duplicates, and 16 per member of a crowd (more than CROWD
+documents that share a band).
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import re
 import shutil
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,8 @@ PART_BYTES = 2**25  # of text in a part of the cleaned domain, about
 SMALLEST_GROUP = 64  # documents of a chunk that are read together, at least
 MOST_GROUPS = 1024  # of a chunk
 COMPARED = 2**17  # documents whose hashes are compared at once
+AT_ONCE = 2**12  # MinHashes of pairs
+CROWD = 64  # documents that share a band: of more of them not all pairs are looked at beforehand
 POSITIONS = 2.0**53  # positions are multiples of 2^-53: what a float64 holds exactly
 INDEX = np.dtype(
     [("position", "<u8"), ("id", "<u8"), ("words", "<u8", 2), ("record", "<u8"), ("bytes", "<u8")]
@@ -328,9 +331,9 @@ class Chunk:
         """(M,) uint64: a hash of band b of every document's MinHash."""
         return np.array(np.load(self.path.with_suffix(".bands.npy"), mmap_mode="r")[b])
 
-    def min_hash(self, row: int) -> np.ndarray:
-        """(PERMUTATIONS,) uint32: a document's MinHash."""
-        return np.array(np.load(self.path.with_suffix(".hashes.npy"), mmap_mode="r")[row])
+    def min_hashes(self, rows: np.ndarray) -> np.ndarray:
+        """(N, PERMUTATIONS) uint32: MinHashes of documents."""
+        return np.load(self.path.with_suffix(".hashes.npy"), mmap_mode="r")[rows]
 
     def texts(self, low: int, high: int) -> pa.ChunkedArray:
         """Texts of the documents [low, high)."""
@@ -415,53 +418,134 @@ def drop_exact_duplicates(chunks: list[Chunk]) -> int:
     return dropped
 
 
-def candidates(chunks: list[Chunk], bands: int) -> np.ndarray:
-    """Documents that share a band with another one, (N, 4): id, chunk, row, group of those that
-    share it; in the order of ids."""
-    found, groups, parts = [], 0, slices(sum(int(chunk.kept.sum()) for chunk in chunks))
-    for band in range(bands):
-        for part in range(parts):
-            rows = []
-            for c, chunk in enumerate(chunks):
-                values = chunk.band(band)
-                own = np.flatnonzero(chunk.kept & (values % parts == part))
-                where = np.stack([np.full_like(own, c), own], 1).astype("<u8")
-                rows.append(np.concatenate([values[own, None], where], 1))
-            rows = np.concatenate(rows)
-            rows = rows[np.argsort(rows[:, 0], kind="stable")]
-            again = same(rows[:, :1])
-            shared = again | np.r_[again[1:], False]
-            group = groups + np.cumsum(~again[shared])
-            groups = int(group[-1]) if len(group) else groups
-            found.append(np.column_stack([rows[shared, 1:], group]).astype("<u8"))
-    table = np.concatenate(found)  # chunk, row, group
-    ids = np.zeros(len(table), "<u8")
-    for c, chunk in enumerate(chunks):
-        own = table[:, 0] == c
-        ids[own] = chunk.index()["id"][table[own, 1].astype(int)]
-    table = np.column_stack([ids, table])
-    return table[np.lexsort(table.T[::-1])]
+class Documents:
+    """The documents of a domain's chunks by one number each: chunk after chunk, row after row."""
+
+    def __init__(self, chunks: list[Chunk]) -> None:
+        self.chunks = chunks
+        self.starts = np.cumsum([0, *(len(chunk.kept) for chunk in chunks)])
+
+    def ids(self, numbers: np.ndarray) -> np.ndarray:
+        """(N,) uint64: ids of documents."""
+        return self._read(numbers, lambda chunk, rows: chunk.index()["id"][rows], (), "<u8")
+
+    def min_hashes(self, numbers: np.ndarray) -> np.ndarray:
+        """(N, PERMUTATIONS) uint32: MinHashes of documents."""
+        return self._read(numbers, Chunk.min_hashes, (PERMUTATIONS,), "<u4")
+
+    def _read(
+        self,
+        numbers: np.ndarray,
+        read: Callable[[Chunk, np.ndarray], np.ndarray],
+        shape: tuple[int, ...],
+        kind: str,
+    ) -> np.ndarray:
+        found = np.empty((len(numbers), *shape), kind)
+        owner = np.searchsorted(self.starts, numbers, side="right") - 1
+        for c in np.unique(owner).tolist():
+            own = np.flatnonzero(owner == c)
+            found[own] = read(self.chunks[c], numbers[own] - self.starts[c])
+        return found
+
+    def sharing(self, band: int, part: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
+        """Documents that share a band with another one, of those whose hash of it falls into a
+        part: numbers (N,), ascending in a group, and where groups begin (N,) bool."""
+        numbers, values = [np.zeros(0, np.int64)], [np.zeros(0, "<u8")]
+        for c, chunk in enumerate(self.chunks):
+            band_hashes = chunk.band(band)
+            own = np.flatnonzero(chunk.kept & (band_hashes % parts == part))
+            numbers.append(own + self.starts[c])
+            values.append(band_hashes[own])
+        numbers, values = np.concatenate(numbers), np.concatenate(values)
+        order = np.argsort(values, kind="stable")
+        numbers, again = numbers[order], same(values[order][:, None])
+        shared = again | np.r_[again[1:], False]
+        return numbers[shared], ~again[shared]
+
+
+def near_pairs(documents: Documents, numbers: np.ndarray, begins: np.ndarray, threshold: float):
+    """Pairs (P, 2) of numbers, the smaller one first, of documents in one group whose estimated
+    Jaccard similarity is `threshold` or more; groups are those of Documents.sharing."""
+    group, hashes, found = np.cumsum(begins), documents.min_hashes(numbers), []
+    for distance in itertools.count(1):
+        first = np.flatnonzero(group[distance:] == group[:-distance])
+        if not len(first):
+            return np.concatenate([np.zeros((0, 2), np.int64), *found])
+        for low in range(0, len(first), AT_ONCE):
+            i = first[low : low + AT_ONCE]
+            near = i[(hashes[i] == hashes[i + distance]).mean(1) >= threshold]
+            found.append(np.stack([numbers[near], numbers[near + distance]], 1))
+
+
+@dataclass
+class Candidates:
+    """Which documents have to be told apart, by their numbers.
+
+    pairs (P, 2): documents that are near duplicates; crowds (M, 2): document and crowd, a group too
+    large for all its pairs to be held; its members are compared when their turn comes.
+    """
+
+    pairs: np.ndarray
+    crowds: np.ndarray
+
+
+def candidates(documents: Documents, threshold: float) -> Candidates:
+    """All documents that share a band with another one, compared group by group."""
+    pairs, crowds, seen = np.zeros(0, np.int64), [np.zeros((0, 2), np.int64)], 0
+    count = int(documents.starts[-1])
+    parts = slices(sum(int(chunk.kept.sum()) for chunk in documents.chunks))
+    for band, part in itertools.product(range(lsh_bands(threshold)[0]), range(parts)):
+        numbers, begins = documents.sharing(band, part, parts)
+        group = np.cumsum(begins) - 1
+        crowded = (np.bincount(group) > CROWD)[group] if len(group) else begins
+        crowds.append(np.stack([numbers[crowded], seen + group[crowded]], 1))
+        seen += len(group)
+        own = near_pairs(documents, numbers[~crowded], begins[~crowded], threshold)
+        pairs = np.union1d(pairs, own @ [count, 1])
+    return Candidates(np.stack(np.divmod(pairs, max(1, count)), 1), np.concatenate(crowds))
 
 
 def drop_near_duplicates(chunks: list[Chunk], threshold: float) -> int:
     """Drop documents whose estimated Jaccard similarity to one with a smaller id that is kept is
     `threshold` or more; returns how many."""
-    table = candidates(chunks, lsh_bands(threshold)[0])
-    kept_of: dict[int, list[tuple[int, int]]] = {}  # of a group
-    hashes = functools.lru_cache(COMPARED // 32)(lambda c, row: chunks[c].min_hash(row))
-    dropped, starts = 0, np.flatnonzero(~same(table[:, :3]))
-    for begin, end in itertools.pairwise([*starts.tolist(), len(table)]):
-        c, row = (int(value) for value in table[begin, 1:3])
-        groups = table[begin:end, 3].tolist()
-        others = {other for group in groups for other in kept_of.get(group, ())}
-        own = hashes(c, row)
-        if any((own == hashes(*other)).mean() >= threshold for other in others):
-            chunks[c].kept[row] = False
-            dropped += 1
-            continue
-        for group in groups:
-            kept_of.setdefault(group, []).append((c, row))
-    return dropped
+    documents = Documents(chunks)
+    found = candidates(documents, threshold)
+    numbers = np.unique(np.concatenate([found.pairs.ravel(), found.crowds[:, 0]]))
+    order = np.lexsort([numbers, documents.ids(numbers)])
+    place = np.empty(len(order), np.int64)  # of each number: its turn
+    place[order] = np.arange(len(order))
+    turns = np.sort(place[np.searchsorted(numbers, found.pairs)], axis=1)  # earlier, later
+    turns = turns[np.argsort(turns[:, 1], kind="stable")]
+    crowds = np.stack([place[np.searchsorted(numbers, found.crowds[:, 0])], found.crowds[:, 1]], 1)
+    crowds = crowds[np.argsort(crowds[:, 0], kind="stable")]
+    every = np.arange(len(numbers) + 1)
+    earlier, member = np.searchsorted(turns[:, 1], every), np.searchsorted(crowds[:, 0], every)
+    kept, numbers = np.ones(len(numbers), bool), numbers[order]
+    kept_of: dict[int, list[int]] = {}  # of a crowd
+    for turn in range(len(numbers)):
+        rivals = turns[earlier[turn] : earlier[turn + 1], 0]
+        own = crowds[member[turn] : member[turn + 1], 1].tolist()
+        kept[turn] = not kept[rivals].any()
+        if own and kept[turn]:
+            others = sorted({other for crowd in own for other in kept_of.get(crowd, ())})
+            kept[turn] = not _is_near(documents, numbers[turn], numbers[others], threshold)
+        if kept[turn]:
+            for crowd in own:
+                kept_of.setdefault(crowd, []).append(turn)
+    for number in numbers[~kept]:
+        c = int(np.searchsorted(documents.starts, number, side="right")) - 1
+        chunks[c].kept[number - documents.starts[c]] = False
+    return int((~kept).sum())
+
+
+def _is_near(documents: Documents, number: int, others: np.ndarray, threshold: float) -> bool:
+    """Whether a document is a near duplicate of any of others."""
+    own = documents.min_hashes(np.array([number]))
+    for low in range(0, len(others), AT_ONCE):
+        hashes = documents.min_hashes(others[low : low + AT_ONCE])
+        if ((own == hashes).mean(1) >= threshold).any():
+            return True
+    return False
 
 
 def write_parts(chunks: list[Chunk], folder: Path) -> int:
