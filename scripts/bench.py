@@ -16,6 +16,7 @@ no implementation can avoid take part as a contender: the floor.
     python scripts/bench.py mixing --domains 16 --hidden 512 --heads 8
     python scripts/bench.py lora --domains 16 --hidden 512 --heads 8
     python scripts/bench.py moe --experts 64 --topk 8 --hidden 256 --heads 8 --layers 4
+    python scripts/bench.py data --megabytes 100 2000    # seconds grow with the input, memory not
     python scripts/bench.py recorder --experts 64 --topk 8 --hidden 256 --heads 8 --layers 4
 
 --reference names any file that offers MonetConfig and MonetForCausalLM; it may run in another
@@ -31,6 +32,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +54,7 @@ CASES = {
     "lora": ("ours", "glider", "arrow", "base"),
     "moe": ("ours", "transformers", "eager experts"),
     "recorder": ("ours", "forward"),
+    "data": ("ours", "run_clm"),
 }
 OLMOE_EXPERTS, OLMOE_ACTIVE = 64, 8
 
@@ -507,6 +510,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", nargs="+", help="routing, systems: configs of trained runs")
     parser.add_argument("--rows", type=int, default=64, help="of each domain there, default 64")
     parser.add_argument("--vectors", type=int, nargs="+", default=[100_000], help="clusters: N")
+    parser.add_argument("--megabytes", type=float, nargs="+", default=[100], help="data: of text")
+    parser.add_argument("--languages", default="en,de,hi,zh", help="data: default en,de,hi,zh")
+    parser.add_argument("--processes", type=int, default=2, help="data: default 2")
     parser.add_argument("--only", nargs="+", help="contenders; ours is always the first")
     parser.add_argument("--reference", type=Path, help="a file that offers another Monet")
     parser.add_argument("--reference-python", default=sys.executable, help="its interpreter")
@@ -530,6 +536,15 @@ def main() -> None:
     known = {*(given.config or ())} | {kind for case in CASES.values() for kind in case}
     if unknown := set(kinds) - known:
         raise SystemExit(f"bench.py: --only: {', '.join(unknown)}: not one of {', '.join(known)}")
+    if given.case == "data":
+        sys.path.insert(0, str(ROOT))
+        from bench_data import race_data
+
+        with tempfile.TemporaryDirectory() as folder:
+            rows = race_data(given, kinds, Path(folder))
+        if given.json:
+            given.json.write_text(json.dumps(rows, indent=1) + "\n")
+        return
     if given.case == "clusters":
         given.tokens, given.length = given.vectors, 1
     if any(tokens % given.length for tokens in given.tokens):

@@ -189,7 +189,7 @@ def test_min_hashes_are_datasketchs_of_the_same_shingles():
         expected.update_batch(cleaning.shingles(text).tolist())
         assert cleaning.min_hash(text).tolist() == expected.hashvalues.tolist()
     assert len(cleaning.shingles("Abc  def")) == 3 and len(cleaning.shingles("Abc  d")) == 1
-    assert len(cleaning.shingles("a" * 99)) == len(cleaning.shingles("")) == 1
+    assert len(set(cleaning.shingles("a" * 99).tolist())) == len(cleaning.shingles("")) == 1
     # texts that share shingles share hashes
     one, two = (set(cleaning.shingles(t).tolist()) for t in ("abcdefgh", "Xbcdefgh"))
     assert len(one & two) == 3 and len(one) == len(two) == 4

@@ -80,6 +80,7 @@ KEPT, BROKEN, TOO_SHORT, WRONG_SCRIPT = range(4)  # verdicts on a record: the fi
 # 5 characters: about a word of an alphabetic script and three of Chinese or Japanese.
 SHINGLE_CHARACTERS = 5
 PERMUTATIONS = 128
+SHINGLES_AT_ONCE = 2**11  # their hashes under all permutations stay in a core's cache (1 MB)
 CHUNK_BYTES = 2**25  # of text that a process holds before it writes a chunk of its shard
 PART_BYTES = 2**25  # of text in a part of the cleaned domain, about
 SMALLEST_GROUP = 64  # documents of a chunk that are read together, at least
@@ -128,35 +129,47 @@ def verdict(text: str, data: DataConfig, domain: str) -> int:
 
 
 @functools.cache
-def _permutations() -> np.ndarray:
-    """The hash functions of every MinHash (making them takes as long as a short text)."""
-    return MinHash(PERMUTATIONS, seed=1, scheme="affine32").permutations
+def _permutations() -> tuple[np.ndarray, np.ndarray]:
+    """a and b of the hash functions x -> a x + b (mod 2^32): (PERMUTATIONS, 1) uint32 each."""
+    a, b = MinHash(PERMUTATIONS, seed=1, scheme="affine32").permutations
+    return a.reshape(-1, 1), b.reshape(-1, 1)
 
 
 def shingles(text: str) -> np.ndarray:
-    """Different 32-bit hashes of a text's shingles of characters (lower case, white space
-    collapsed): (K,) uint64."""
+    """32-bit hashes of a text's shingles of characters (lower case, white space collapsed), one for
+    every place where a shingle begins: (K,) uint32."""
     characters = np.frombuffer(" ".join(text.lower().split()).encode("utf-32-le"), "<u4")
     count = max(1, len(characters) - SHINGLE_CHARACTERS + 1)
     mixed = np.zeros(count, dtype="<u8")
     for start in range(min(SHINGLE_CHARACTERS, len(characters))):
-        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + characters[start : start + count]
+        mixed *= np.uint64(0x9E3779B97F4A7C15)
+        mixed += characters[start : start + count]
     mixed ^= mixed >> np.uint64(31)  # splitmix64's last steps: every character reaches every bit
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
     mixed ^= mixed >> np.uint64(27)
     mixed *= np.uint64(0x94D049BB133111EB)
-    return np.unique(mixed >> np.uint64(32))
+    return (mixed >> np.uint64(32)).astype("<u4")
 
 
 def min_hash(text: str) -> np.ndarray:
-    """MinHash of a text's set of shingles: (PERMUTATIONS,) uint32."""
-    result = MinHash(
-        PERMUTATIONS, permutations=_permutations(), scheme="affine32", hashfunc=lambda value: value
-    )
-    hashes = shingles(text).tolist()
-    for start in range(0, len(hashes), 4096):  # a long text would need gigabytes at once
-        result.update_batch(hashes[start : start + 4096])
-    return result.hashvalues.astype("<u4")
+    """MinHash of a text's set of shingles: (PERMUTATIONS,) uint32.
+
+    As datasketch's MinHash ("affine32") has it, without a call into Python for every shingle.
+    """
+    a, b = _permutations()
+    values = shingles(text)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # murmur3's last steps
+        values ^= values >> np.uint32(shift)
+        values *= np.uint32(factor)
+    values ^= values >> np.uint32(16)
+    smallest = np.full(PERMUTATIONS, 2**32 - 1, "<u4")
+    room = np.empty((PERMUTATIONS, SHINGLES_AT_ONCE), "<u4")
+    for start in range(0, len(values), SHINGLES_AT_ONCE):
+        part = values[start : start + SHINGLES_AT_ONCE]
+        hashed = np.multiply(part, a, out=room[:, : len(part)])
+        hashed += b
+        np.minimum(smallest, hashed.min(1), out=smallest)
+    return smallest
 
 
 # --- shards ----------------------------------------------------------------------------------

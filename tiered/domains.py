@@ -6,8 +6,12 @@ study's, not linguistic families (Italian and Spanish are Romance, Kazakh is Tur
 Austroasiatic).
 """
 
+import functools
 import re
+import sys
 from dataclasses import dataclass
+
+import numpy as np
 
 # Unicode ranges of the letters of each script (blocks, Unicode 15); letters outside of them count
 # against a document's script share.
@@ -65,11 +69,19 @@ BY_CODE: dict[str, Domain] = {d.code: d for d in DOMAINS}
 # The order in which groups are merged: n = 2 joins neighbours of this list (study, level1).
 FAMILY_ORDER: tuple[str, ...] = ("Indian", "Middle Eastern", "East Asian", "Germanic")
 
-_LETTER = re.compile(r"[^\W\d_]")
-_SCRIPT_LETTER = {
-    script: re.compile("(?=[^\\W\\d_])[" + "".join(f"{chr(a)}-{chr(b)}" for a, b in ranges) + "]")
-    for script, ranges in SCRIPTS.items()
-}
+# Letters: what is alphanumeric and no decimal digit.
+_LETTERS = "[^\\W\\d_]"
+
+
+@functools.cache
+def _letter_kinds(script: str) -> np.ndarray:
+    """Of every code point: 0 no letter, 1 a letter, 2 a letter of the script; (1114112,) uint8."""
+    every = "".join(map(chr, range(sys.maxunicode + 1)))
+    ranges = "".join(f"{chr(a)}-{chr(b)}" for a, b in SCRIPTS[script])
+    kinds = np.zeros(len(every), np.uint8)
+    for kind, pattern in ((1, _LETTERS), (2, f"(?={_LETTERS})[{ranges}]")):
+        kinds[[match.start() for match in re.finditer(pattern, every)]] = kind
+    return kinds
 
 
 def script_share(text: str, code: str) -> float:
@@ -80,5 +92,6 @@ def script_share(text: str, code: str) -> float:
     """
     if code not in BY_CODE:
         return 1.0
-    letters = len(_LETTER.findall(text))
-    return len(_SCRIPT_LETTER[BY_CODE[code].script].findall(text)) / letters if letters else 0.0
+    points = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    _, letters, own = np.bincount(_letter_kinds(BY_CODE[code].script)[points], minlength=3).tolist()
+    return own / (letters + own) if letters + own else 0.0
