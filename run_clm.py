@@ -48,7 +48,7 @@ def make_seed(config: Config, data: ProcessedData) -> list[str]:
         if is_main_process():
             shutil.rmtree(config.run_dir / "seed_lm", ignore_errors=True)
         return []
-    with timed(config, "run_clm/seed_lm"):
+    with timed(config, "run_clm/seed_lm", wait=True):  # partitions trained apart share it
         folder = train_seed(config, data)
     if not is_main_process():
         return []

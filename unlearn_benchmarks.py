@@ -51,12 +51,13 @@ def main(config: Config) -> None:
     results = {}
     sets = forget_sets(context)
     bar = tqdm(sets, desc=f"{config.name} unlearning", unit="forget set", disable=None)
-    with timed(config, "unlearn_benchmarks"):
-        for forget in bar:
-            # 2. operations, scores and measures of one forget set, each resumed by hash
+    for forget in bar:
+        # 2. operations, scores and measures of one forget set, each resumed by hash
+        with timed(config, f"unlearn_benchmarks/{forget.name}"):
             results[forget.name] = Bench(context, forget, bar).run()
-        if config.unlearn.compartments:
-            # 3. how far the run keeps its domains apart
+    if config.unlearn.compartments:
+        # 3. how far the run keeps its domains apart
+        with timed(config, "unlearn_benchmarks/compartments"):
             compartments(context, lambda text: bar.set_postfix_str(f"compartments: {text}"))
     # 4. one file for the report: utility and unlearning of the experiment
     utility = config.run_dir / "eval" / "utility.json"

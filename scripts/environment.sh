@@ -1,17 +1,19 @@
-# Sourced by the other scripts: makes .venv with the pinned requirements if it is missing.
+# Sourced by the other scripts: makes .venv with the pinned requirements if it is missing; sets ROOT
+# and PYTHON. Configs, data and runs are looked up where the caller stands.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-VENV=${VENV:-.venv}
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${VENV:-$ROOT/.venv}
 complete="$VENV/.complete"
-if [ ! -f "$complete" ] || [ requirements.txt -nt "$complete" ] ||
-  [ scripts/environment.sh -nt "$complete" ]; then
-  echo "making $VENV (a few minutes, about 2 GB)"
+if [ ! -f "$complete" ] || [ "$ROOT/requirements.txt" -nt "$complete" ] ||
+  [ "$ROOT/scripts/environment.sh" -nt "$complete" ]; then
+  echo "making $VENV (a few minutes, about 2 GB)" >&2
   "${PYTHON:-python3}" -m venv "$VENV"
-  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt \
-    'pytest>=9,<10' 'pytest-xdist>=3.8,<4' 'ruff>=0.17,<0.18'
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
+    -r "$ROOT/requirements.txt" 'pytest>=9,<10' 'pytest-xdist>=3.8,<4' 'ruff>=0.17,<0.18'
   touch "$complete"
 fi
-PYTHON="$VENV/bin/python"
+PYTHON=$(realpath -s "$VENV/bin/python")
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=false
 # Spinning OpenMP threads stall one another on a busy machine; large blocks that go back to the
 # system at every free cost page faults (a third of a small model's training step). No result

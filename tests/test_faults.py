@@ -2,8 +2,11 @@
 
 import json
 import os
+import platform
+import re
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +22,20 @@ WORK = ("training.num_train_epochs=4", "training.save_steps=5", "router.num_trai
 CONFIG = "configs/n2.yaml"
 
 
-def kill_when(folder: Path, stage: str, under_way: Callable[[], bool], *more: str) -> None:
-    """Start a stage, wait until it is demonstrably at work, and kill -9 its whole group."""
+def begun(folder: Path, stage: str, under_way: Callable[[], bool], *more: str) -> subprocess.Popen:
+    """Start a stage and wait until it is demonstrably at work."""
     process = start_stages(folder, (stage,), CONFIG, *WORK, *more)
     deadline = time.monotonic() + 240
     while not under_way():
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline, f"{stage}: no sign of work"
         time.sleep(0.002)
+    return process
+
+
+def kill_when(folder: Path, stage: str, under_way: Callable[[], bool], *more: str) -> None:
+    """Start a stage, wait until it is demonstrably at work, and kill -9 its whole group."""
+    process = begun(folder, stage, under_way, *more)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
@@ -80,6 +89,60 @@ def test_a_kill_in_every_stage_changes_no_result(uninterrupted, tmp_path):
     ).read_bytes()
     leftovers = [p for p in tmp_path.rglob(".*.tmp*")]
     assert leftovers == []
+
+
+def with_router(uninterrupted: Path, folder: Path) -> Callable[[], bool]:
+    """A project that is processed and has its router; whether a model of it is in training."""
+    for name in ("configs", "processed", "runs/n2/router", "runs/n2/partition"):
+        shutil.copytree(uninterrupted / name, folder / name)
+    return lambda: any(folder.glob("runs/.store/models/.checkpoints/*/checkpoint-*/hashes.json"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_training_that_is_asked_to_end_saves_and_goes_on_from_there(
+    processes, uninterrupted, tmp_path
+):
+    """SIGTERM to the one process, or to all of a group as Slurm sends it."""
+    under_way, more = with_router(uninterrupted, tmp_path), f"training.num_proc={processes}"
+    process = begun(tmp_path, "run_clm", under_way, more, "training.save_steps=30")
+    (os.kill if processes == 1 else os.killpg)(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, output
+    assert "Traceback" not in output
+    saved = re.findall(r"asked to end; state saved at step (\d+)", output)
+    assert saved and all(int(step) % 30 for step in saved), output
+    assert not list(tmp_path.rglob("*.lock"))
+    output = run_stages(tmp_path, ("run_clm",), CONFIG, *WORK, more, "training.save_steps=30")
+    assert re.findall(r"resuming from step (\d+)", output) == saved
+    for k in ("0", "1"):
+        found = tree_hashes(tmp_path / "runs/n2/models" / k)
+        assert found == tree_hashes(uninterrupted / "runs/n2/models" / k)
+
+
+def test_two_calls_on_one_run_are_told_apart_by_owner_and_age(uninterrupted, tmp_path):
+    """The second call of a stage is refused with the first one's name; the first loses nothing."""
+    process = begun(tmp_path, "run_clm", with_router(uninterrupted, tmp_path))
+    line = failing(tmp_path, ("run_clm",), CONFIG, *WORK)
+    where = f"runs/n2: run_clm/0: process {process.pid}@{platform.node()} is at it since "
+    assert where in line and "(lock: runs/n2/.locks/run_clm-0.lock)" in line
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    for k in ("0", "1"):
+        found = tree_hashes(tmp_path / "runs/n2/models" / k)
+        assert found == tree_hashes(uninterrupted / "runs/n2/models" / k)
+
+
+def test_two_runs_that_want_one_model_train_it_once(uninterrupted, tmp_path):
+    """The second one waits for the first one's end and takes what it made."""
+    process = begun(tmp_path, "run_clm", with_router(uninterrupted, tmp_path))
+    other = run_stages(tmp_path, ("run_clm",), CONFIG, *WORK, "name=other")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert f"waiting for {process.pid}@" in other and "resuming" not in other
+    for k in ("0", "1"):
+        one, two = (tmp_path / f"runs/{name}/models/{k}" for name in ("n2", "other"))
+        inodes = [(p / "model.safetensors").stat().st_ino for p in (one, two)]
+        assert inodes[0] == inodes[1]
 
 
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, capsys):

@@ -366,7 +366,9 @@ def test_as_many_files_are_read_as_the_records_asked_for_need(corpus, tmp_path):
         other = change(config, num_proc=workers, processed_dir=str(tmp_path / "exact"))
         assert run(change(other, max_broken_records=0))["domains"]["en"]["read"] == 55
         for index in (0, 1):  # nor in calls that share the reading
-            process_dset.main(change(other, task_count=2, task_index=index, split_seed=3))
+            process_dset.main(
+                change(other, task="read", task_count=2, task_index=index, split_seed=3)
+            )
         shutil.rmtree(tmp_path / "exact")
     message = error_of(change(config, num_documents=61, max_broken_records=2))
     assert "3.json.gz: truncated" in message
@@ -374,6 +376,9 @@ def test_as_many_files_are_read_as_the_records_asked_for_need(corpus, tmp_path):
     write_lines(tmp_path / "raw" / "en" / "2.jsonl", texts[40:60])
     message = error_of(change(config, num_documents=61, max_broken_records=0))
     assert "3.jsonl: record 1 of domain en is broken" in message
+
+
+BOTH = ("en", "hi")
 
 
 @pytest.mark.parametrize("records", [0, 70])
@@ -387,16 +392,28 @@ def test_tasks_that_share_the_files_change_no_byte(corpus, tmp_path, records, ca
     for count in (2, 8):
         shared = change(config, processed_dir=str(tmp_path / str(count)))
         for index in reversed(range(count)):
-            process_dset.main(change(shared, task_count=count, task_index=index))
+            process_dset.main(change(shared, task="read", task_count=count, task_index=index))
             assert not processed_folder(shared).exists()
         found = list((tmp_path / str(count)).rglob("shard.json"))
         # of 70 records each of 2 tasks reads 35: two files of en, of hi the one file there is
         assert len(found) == {(0, 2): 7, (0, 8): 7, (70, 2): 5, (70, 8): 7}[records, count]
+        process_dset.main(change(shared, task="merge"))
+        assert [p.name for p in processed_folder(shared).iterdir()] == ["tokenizer"]
+        for index in range(count):
+            process_dset.main(change(shared, task="tokenise", task_count=count, task_index=index))
+        times = [(processed_folder(shared) / d / "hashes.json").stat().st_mtime_ns for d in BOTH]
         assert run(shared) == whole
-        for domain in ("en", "hi"):
+        for domain in BOTH:
             trees = [tree_hashes(processed_folder(c) / domain) for c in (config, shared)]
             assert trees[0] == trees[1]
-    assert "task 1 of 2: 3 files of 2 domains" in capsys.readouterr().out or records
+        assert times == [
+            (processed_folder(shared) / d / "hashes.json").stat().st_mtime_ns for d in BOTH
+        ]
+    output = capsys.readouterr().out
+    assert "read 2 of 2: 4 files of 2 domains" in output or records
+    assert "tokenise 1 of 2: en made" in output and "tokenise 8 of 8: no domain made" in output
+    with pytest.raises(UserError, match=r"data.task_count: calls share read or tokenise, not"):
+        check(change(config, task_count=2))
     with pytest.raises(UserError, match=r"data.task_index: 2 is not below data.task_count = 2"):
         check(change(config, task_count=2, task_index=2))
 

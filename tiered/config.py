@@ -24,6 +24,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from safetensors import SafetensorError
 
+from tiered import stopping
 from tiered.domains import CODES
 from tiered.store import UserError
 
@@ -168,11 +169,14 @@ class DataConfig:
     )
     repeat_domains: tuple[str, ...] = opt((), "domains with repeated rows and canaries; empty: all")
     num_proc: int = opt(2, "worker processes (never changes a result)", low=1)
+    task: str = opt(
+        "all",
+        "what this call does: read (source files into shards), merge (shards into cleaned text, and"
+        " the tokenizer), tokenise, or all that is left (never changes a result)",
+        choices=("all", "read", "merge", "tokenise"),
+    )
     task_count: int = opt(
-        1,
-        "calls that share the reading of source files, on any machines; each reads its own and"
-        " stops, a call with 1 does the rest (never changes a result)",
-        low=1,
+        1, "calls, on any machines, that share the files to read or the domains to tokenise", low=1
     )
     task_index: int = opt(0, "which of them this is, from 0", low=0)
     processed_dir: str = opt("data/processed", "where processed data is kept, by hash")
@@ -1085,6 +1089,8 @@ def _check_splits(data: DataConfig) -> None:
         raise UserError(
             f"data.task_index: {data.task_index} is not below data.task_count = {data.task_count}"
         )
+    if data.task_count > 1 and data.task not in ("read", "tokenise"):
+        raise UserError(f"data.task_count: calls share read or tokenise, not data.task={data.task}")
     if not data.split_shares["train"]:
         raise UserError("data.split_shares: train must be above 0")
     for key, least in (("repeats", 2), ("canaries", 1)):
@@ -1198,6 +1204,7 @@ def run_script(
 
     A user's mistake is one line on stderr and exit code 2.
     """
+    stopping.install()
     try:
         configs = parse_arguments(sys.argv[1:], doc, flags)
         if prepare is not None:

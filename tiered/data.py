@@ -30,7 +30,7 @@ from tiered.store import (
 # Fields that say which domains are processed, how fast, or where to; none changes a domain's data.
 UNKEYED = (
     *("domains", "added_domains", "novel_domains", "exclude_domains", "exclude_documents"),
-    *("num_proc", "task_count", "task_index", "processed_dir", "separate_documents"),
+    *("num_proc", "task", "task_count", "task_index", "processed_dir", "separate_documents"),
 )
 PROCESSING_CODE = tuple(
     f"tiered/{name}.py"

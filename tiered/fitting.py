@@ -3,13 +3,14 @@
 What is trained in which order is the caller's: a dataset in training order, a seed, a folder.
 """
 
+import contextlib
 import json
 import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from tiered import checkpoint
+from tiered import checkpoint, stopping
 from tiered.config import Config
 from tiered.data import position_ids
-from tiered.record import device_of, is_main_process, peak_memory_bytes
-from tiered.store import TIMINGS, UserError, atomic_folder, read_json, write_json
+from tiered.locks import locked
+from tiered.record import (
+    device_of,
+    is_main_process,
+    peak_memory_bytes,
+    wait_for_ranks,
+    world_size,
+)
+from tiered.store import TIMINGS, UserError, atomic_folder, is_complete, read_json, write_json
 from tiered.workers import in_worker
 
 OBSERVED = "observed.jsonl"  # beside a model whose training was watched
@@ -113,6 +121,27 @@ class Observer(TrainerCallback):
         if state.is_world_process_zero:
             noted = {"step": state.global_step, "observed": self.observe(model)}
             state.log_history.append(noted)
+
+
+class Stopper(TrainerCallback):
+    """Ends the training after the step in which this process, or any rank, was asked to end; its
+    state is saved."""
+
+    stopped = False
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if _any_rank(stopping.asked(), args.device):
+            self.stopped = state.global_step < state.max_steps
+            control.should_save = control.should_training_stop = True
+
+
+def _any_rank(said: bool, device: torch.device) -> bool:
+    """Whether something holds on any rank."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return said
+    flag = torch.tensor(float(said), device=device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)
 
 
 class LossGuard(TrainerCallback):
@@ -228,11 +257,42 @@ def fit(
 ) -> None:
     """Train a model from scratch (or from its newest checkpoint) and publish it in job.folder.
 
-    `finish` writes what else belongs into the folder and returns entries of its record.json.
+    `finish` writes what else belongs into the folder and returns entries of its record.json. Of
+    processes that want the same model one trains it and the others wait. A process that is asked to
+    end (tiered/stopping.py) saves a checkpoint first.
     """
+    with _only_trainer(config, job) as made, stopping.patiently_ended():
+        if not made:
+            _train(config, job, make_model, blocks, finish, trainer_class or ResumableTrainer)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # no rank goes on before the model stands
+
+
+@contextlib.contextmanager
+def _only_trainer(config: Config, job: Fit) -> Iterator[bool]:
+    """Hold the lock of a job's folder; yields whether another process has just made the folder."""
+    with contextlib.ExitStack() as stack:
+        made = [False]
+        if is_main_process():
+            lock = job.folder.parent / ".locks" / f"{job.folder.name}.lock"
+            made = [stack.enter_context(locked(lock, job.label)) and is_complete(job.folder)]
+        wait_for_ranks(config)
+        if world_size() > 1:
+            torch.distributed.broadcast_object_list(made, device=device_of(config))
+        yield made[0]
+
+
+def _train(
+    config: Config,
+    job: Fit,
+    make_model: Callable[[], PreTrainedModel],
+    blocks: OrderedBlocks,
+    finish: Callable[[PreTrainedModel, Path], dict[str, Any]],
+    trainer_class: type[ResumableTrainer],
+) -> None:
     torch.manual_seed(job.seed)
     model = make_model()
-    trainer = _make_trainer(config, job, model, blocks, trainer_class or ResumableTrainer)
+    trainer = _make_trainer(config, job, model, blocks, trainer_class)
     resume = checkpoint.newest(job.checkpoints)
     if resume is not None:
         print(f"{job.label}: resuming from step {int(resume.name.split('-')[1])}")
@@ -240,15 +300,18 @@ def fit(
         restorer = LossRestorer(read_json(resume / "loss_accumulator.json"))
         restorer.trainer = trainer
         trainer.add_callback(restorer)
+    stopper = Stopper()
+    trainer.add_callback(stopper)
     trainer.begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = trainer.seconds_before + time.perf_counter() - trainer.begin
     _finish_trackers(config)
+    if stopper.stopped:
+        print(f"{job.label}: asked to end; state saved at step {trainer.state.global_step}")
+        raise SystemExit(stopping.ENDED)
     trainer.unite_ranks()
     if trainer.args.should_save:
         _publish(job, trainer, finish, seconds)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # no rank goes on before the model stands
 
 
 def _publish(

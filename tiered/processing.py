@@ -487,7 +487,7 @@ def read_shards(
 
 
 def read_share(config: Config, pool: Executor | None) -> str:
-    """Read the source files that are this call's among data.task_count; a line on what it did.
+    """Read the source files that are this call's among data.task_count; what it did, in words.
 
     Of data.num_documents it reads its share, as if all files were of one size: the call that does
     the rest reads what is missing.
@@ -495,9 +495,10 @@ def read_share(config: Config, pool: Executor | None) -> str:
     data, count = config.data, config.data.task_count
     todo = [d for d in domains_to_clean(config) if not clean_done(config, d)]
     stop = -(-last_record(data) // count)
+    # every domain begins with another task: those of few files are spread, too
+    first = {d: (data.task_index - i) % count for i, d in enumerate(config.processed_domains)}
     readings = {
-        d: Reading(domain_files(config, d)[data.task_index :: count], stop, whole=False)
-        for d in todo
+        d: Reading(domain_files(config, d)[first[d] :: count], stop, whole=False) for d in todo
     }
     if pool is None:
         for domain, reading in readings.items():
@@ -508,7 +509,7 @@ def read_share(config: Config, pool: Executor | None) -> str:
     else:
         _read(config, pool, readings)
     files = sum(reading.begun for reading in readings.values())
-    return f"task {data.task_index} of {count}: {files} files of {len(todo)} domains read"
+    return f"{files} files of {len(todo)} domains read"
 
 
 def _read(config: Config, pool: Executor, readings: dict[str, Reading]) -> None:
@@ -560,8 +561,10 @@ def domains_to_clean(config: Config) -> list[str]:
 
 
 def tokenize_domains(config: Config, pool: Executor | None, tokenizer_hash: str) -> list[str]:
-    """Processed data of the present domains; returns those that had to be made."""
-    todo = [d for d in config.processed_domains if not domain_done(config, d, tokenizer_hash)]
+    """Processed data of the present domains that are this call's among data.task_count; returns
+    those that had to be made."""
+    own = config.processed_domains[config.data.task_index :: config.data.task_count]
+    todo = [d for d in own if not domain_done(config, d, tokenizer_hash)]
     for domain in tqdm(todo, "tokenise", unit="domain", disable=None):
         tokenize_domain(config, domain, pool)
     return todo

@@ -19,7 +19,8 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from tiered.config import Config, as_yaml
-from tiered.store import TIMINGS, UserError, code_hash, read_json, write_json, write_text
+from tiered.locks import locked, update_json
+from tiered.store import TIMINGS, UserError, code_hash, write_text
 
 # What decides a trained model besides its config and data; what scores it.
 TRAINING_CODE = (
@@ -131,9 +132,7 @@ def start(config: Config, stage: str) -> None:
         return
     folder = config.run_dir
     write_text(folder / "config.yaml", as_yaml(config))
-    path = folder / "record.json"
-    record = read_json(path) if path.is_file() else {}
-    record[stage] = {
+    entry = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git": _git_state(),
         "python": platform.python_version(),
@@ -141,7 +140,7 @@ def start(config: Config, stage: str) -> None:
         "environment": environment(config),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
     }
-    write_json(path, record)
+    update_json(folder / "record.json", lambda record: {**record, stage: entry})
 
 
 def _git_state() -> str:
@@ -173,30 +172,37 @@ class Timer:
 
 
 @contextmanager
-def timed(config: Config, stage: str) -> Iterator[Timer]:
-    """Time a block and note seconds, date and peak memory in the run's timings.json."""
+def timed(config: Config, stage: str, wait: bool = False) -> Iterator[Timer]:
+    """Time a stage, or a part of one, and note seconds, date and peak memory in timings.json.
+
+    Each run folder has one writer of a part at a time: UserError where another process is at it, or
+    with `wait` its end is waited for.
+    """
     timer, begin = Timer(), time.perf_counter()
-    yield timer
-    timer.seconds = time.perf_counter() - begin
     if not is_main_process():
+        yield timer
         return
-    path = config.run_dir / TIMINGS
-    timings = read_json(path) if path.is_file() else {}
-    timings[stage] = {
+    lock = config.run_dir / ".locks" / f"{stage.replace('/', '-')}.lock"
+    with locked(lock, f"{config.run_dir}: {stage}", wait):
+        yield timer
+    timer.seconds = time.perf_counter() - begin
+    entry = {
         "seconds": round(timer.seconds, 3),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "peak_memory_bytes": peak_memory_bytes(),
         "host": platform.node(),
     }
-    write_json(path, timings)
+    update_json(config.run_dir / TIMINGS, lambda timings: {**timings, stage: entry})
 
 
 def note_provenance(config: Config, artefacts: dict[str, Any]) -> None:
     """Note in provenance.json which domains' data touched which artefact of the run."""
-    path = config.run_dir / "provenance.json"
-    known = read_json(path) if path.is_file() else {}
     models = {f"model/{k}" for k in range(config.num_partitions)}
-    known = {k: v for k, v in known.items() if k in models or not k.startswith("model/")}
-    if not config.model.init_from:
-        known.pop("seed_lm", None)
-    write_json(path, {**known, **artefacts})
+
+    def change(known: dict[str, Any]) -> dict[str, Any]:
+        kept = {k: v for k, v in known.items() if k in models or not k.startswith("model/")}
+        if not config.model.init_from:
+            kept.pop("seed_lm", None)
+        return {**kept, **artefacts}
+
+    update_json(config.run_dir / "provenance.json", change)

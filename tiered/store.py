@@ -219,7 +219,9 @@ def remove_abandoned(folder: Path, name: str = "*") -> None:
         if machine != platform.node():
             living = _age(path) < ABANDONED
         else:
-            living = process.isdigit() and int(process) != os.getpid() and _alive(int(process))
+            living = (
+                process.isdigit() and int(process) != os.getpid() and process_alive(int(process))
+            )
         if not living and path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         elif not living:
@@ -234,7 +236,7 @@ def _age(folder: Path) -> float:
         return 0.0
 
 
-def _alive(process: int) -> bool:
+def process_alive(process: int) -> bool:
     """Whether a process runs; one that has ended and was not waited for yet does not."""
     try:
         os.kill(process, 0)

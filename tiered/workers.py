@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tiered import stopping
 from tiered.store import UserError
 
 # A function and its arguments.
@@ -38,13 +39,15 @@ def processes(count: int) -> Iterator[Executor | None]:
 
 
 def _end_with_parent() -> None:
-    """Make a worker end when its parent is killed; it would wait for work for ever."""
+    """Make a worker end when its parent is killed (it would wait for work for ever), and when it is
+    asked to."""
 
     def wait() -> None:
         parent_process().join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+    stopping.install()
 
 
 def in_worker() -> bool:

@@ -517,7 +517,7 @@ def _science(config: Config) -> dict[str, Any]:
         del value["unlearn"][key]  # single_run: what it measured stands in the key itself
     for key in ("output_dir", "overwrite", "name"):
         del value[key]
-    for key in ("num_proc", "task_count", "task_index", "processed_dir"):
+    for key in ("num_proc", "task", "task_count", "task_index", "processed_dir"):
         del value["data"][key]
     del value["training"]["num_proc"]
     return value

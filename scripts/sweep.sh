@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Submit several experiments to Slurm (or run them here), and one report over all of them.
+# Data and router of each wait for those of the one before: what they share is made once.
+# usage: bash scripts/sweep.sh [--dry-run] [--local] [--output FOLDER] CONFIG ... [key=value ...]
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "${SITE:-$ROOT/scripts/site.sh}"
+flags=() local= output=runs/report configs=() overrides=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --dry-run) flags+=(--dry-run) ;;
+    --local) local=1 ;;
+    --output) output=$2 && shift ;;
+    -*) echo "sweep.sh: $1: unknown option" >&2 && exit 2 ;;
+    *=*) overrides+=("$1") ;;
+    *) configs+=("$1") ;;
+  esac
+  shift
+done
+[ ${#configs[@]} -gt 0 ] || { sed -n '2,4s/^# //p' "$ROOT/scripts/sweep.sh" >&2; exit 2; }
+runs=() reports= before=
+for config in "${configs[@]}"; do
+  echo "== $config"
+  if [ -n "$local" ]; then
+    bash "$ROOT/scripts/run_local.sh" "${flags[@]}" "$config" "${overrides[@]}"
+  else
+    submitted=$(bash "$ROOT/scripts/slurm.sh" "${flags[@]}" ${before:+--after "$before"} \
+      "$config" "${overrides[@]}")
+    echo "$submitted"
+    before=$(awk '$1 == "router" { print $2 }' <<<"$submitted")
+    reports+=:$(awk '$1 == "report" { print $2 }' <<<"$submitted")
+  fi
+  runs+=("$("$PYTHON" -m tiered.plan --folder "$config" "${overrides[@]}")")
+done
+report=("$PYTHON" -m tiered.report "${runs[@]}" --output "$output")
+if [ ${#flags[@]} -gt 0 ]; then
+  echo "then: ${report[*]}"
+elif [ -n "$local" ]; then
+  "${report[@]}"
+else
+  sbatch --parsable --job-name=report --dependency="afterok$reports" --kill-on-invalid-dep=yes \
+    "${SITE_ALL[@]}" "${SITE_CPU[@]}" --output="$output.log" --wrap "$(printf '%q ' "${report[@]}")"
+fi
