@@ -1,0 +1,221 @@
+"""Plans of experiments, run on this machine and by a real Slurm on localhost."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, tiny_project
+from tests.test_config import SHIPPED
+from tiered.config import load
+from tiered.plan import Job, jobs, lines
+from tiered.store import UserError, read_json, tree_hashes
+
+SITE = """
+SITE_ALL=() SITE_CPU=(--cpus-per-task=1) SITE_GPU=(--cpus-per-task=1) SITE_SEVERAL=()
+SITE_GPUS=1 SITE_READING_TASKS=2 SITE_CPU_LIMIT=2 SITE_GPU_LIMIT=2 SITE_GRACE=30
+export HF_HUB_OFFLINE=1
+site_prepare() { :; }
+"""
+
+
+def named(path: str, *overrides: str, reading_tasks: int = 0) -> dict[str, Job]:
+    found = jobs(load(path, overrides), " ".join([path, *overrides]), reading_tasks)
+    return {job.name: job for job in found}
+
+
+def indices(job: Job) -> list[int]:
+    return [int(c.rpartition("partition.index=")[2]) for c in job.commands]
+
+
+# --- plans -----------------------------------------------------------------------------------
+
+
+def test_every_shipped_config_has_a_plan_whose_jobs_wait_for_earlier_ones():
+    experiments = [p for p in SHIPPED if "\nname:" in "\n" + p.read_text(encoding="utf-8")]
+    assert len(experiments) > 60
+    for path in experiments:
+        seen: list[str] = []
+        for job in named(str(path), reading_tasks=3).values():
+            assert set(job.after) <= set(seen) and bool(job.after) == bool(seen), path
+            assert job.commands and len(set(job.commands)) == len(job.commands), path
+            seen.append(job.name)
+        assert seen[:5] == ["read", "merge", "tokenise", "data", "router"], path
+        assert seen[-1] == "report", path
+
+
+def test_a_plan_trains_each_partition_that_has_data_and_forgets_each_set():
+    path = "configs/c4/n16.yaml"
+    found = named(path, "data.exclude_domains=[hi,de]", reading_tasks=8)
+    members = [c.split("=")[-1] for c in found["train"].commands]
+    assert len(members) == 14 and "0" not in members  # hi is the first of the sixteen
+    assert found["train"].after == ("router",) and found["train"].several
+    assert len(found["read"].commands) == 8 and len(found["tokenise"].commands) == 14
+    found = named(path)
+    assert "read" not in found and found["data"].after == ()
+    assert [c.split("=")[-1] for c in found["unlearn-sets"].commands] == [
+        f"[{d}]'" for d in ("hi", "de", "zh", "ar")
+    ]
+    assert found["unlearn"].commands == ("unlearn_benchmarks.py configs/c4/n16.yaml",)
+    assert found["train"].kind == "gpu" and found["data"].kind == "cpu"
+    assert named(path, "device=cpu")["train"].kind == "cpu"
+
+
+def test_what_partitions_start_from_is_trained_before_them():
+    found = named("configs/cbtm/seed25.yaml")
+    assert indices(found["train-first"]) == [0] and indices(found["train"]) == list(range(1, 16))
+    assert found["train"].after == ("train-first",)
+    demix = named("configs/shared_trunk/demix.yaml")
+    assert demix["train"].commands == ("run_clm.py configs/shared_trunk/demix.yaml",)
+    found = named(
+        "configs/quickstart/n16.yaml",
+        *("data.domains=[hi,de]", "data.added_domains=[en]", "partition.n=2"),
+        *("training.added_from=nearest", "unlearn.forget=[]", "data.repeats={}"),
+        "data.repeat_domains=[]",
+    )
+    assert indices(found["train-first"]) == [0, 1] and indices(found["train"]) == [2]
+    assert "unlearn" not in found and found["report"].after == ("eval",)
+
+
+def test_a_plan_is_refused_with_overwrite_and_is_written_a_command_a_line():
+    with pytest.raises(UserError, match="overwrite: jobs of one plan"):
+        named("configs/quickstart/n16.yaml", "overwrite=true")
+    found = list(named("configs/quickstart/n04.yaml").values())
+    rows = [line.split("\t") for line in lines(found).splitlines()]
+    assert (
+        [len(row) for row in rows] == [5] * len(rows) == [5] * sum(len(j.commands) for j in found)
+    )
+    assert rows[2] == [
+        *("train", "cpu", "several", "router"),
+        "run_clm.py configs/quickstart/n04.yaml partition.index=0",
+    ]
+
+
+# --- on this machine -------------------------------------------------------------------------
+
+
+def launched(
+    script: str, folder: Path, *arguments: str, **more: str
+) -> subprocess.CompletedProcess:
+    """A script of scripts/, run in `folder` with this interpreter's environment."""
+    venv = folder / "venv"  # complete already: nothing is installed
+    if not venv.exists():
+        (venv / "bin").mkdir(parents=True)
+        launcher = venv / "bin/python"
+        launcher.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+        launcher.chmod(0o755)
+        (venv / ".complete").touch()
+    return subprocess.run(
+        ["bash", ROOT / "scripts" / script, *arguments],
+        cwd=folder,
+        env={**os.environ, "VENV": str(venv), **more},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def same_results(folder: Path, tiny: Path, forget: str) -> None:
+    """The run n2 of a folder is, byte for byte, what the scripts made one after another."""
+    runs = folder / "runs/n2", tiny / "runs/n2"
+    for name in ("models/0", "models/1", "router", "eval", f"unlearn/{forget}/gold"):
+        found, expected = (
+            {k: v for k, v in tree_hashes(run / name).items() if "experts" not in k} for run in runs
+        )
+        assert found == expected and found, name
+    assert read_json(runs[0] / "eval/utility.json") == read_json(runs[1] / "eval/utility.json")
+    assert read_json(runs[0] / "metrics.json") == read_json(runs[1] / "metrics.json")
+    assert (folder / "runs/n2/report/index.html").is_file()
+
+
+def test_workers_of_this_machine_make_what_the_scripts_make(tiny, tmp_path):
+    tiny_project(tmp_path)
+    done = launched("run_local.sh", tmp_path, "--workers", "2", "configs/n2.yaml")
+    assert done.returncode == 0, done.stderr
+    same_results(tmp_path, tiny, "hi")
+    assert "runs/n2/report/index.html" in done.stdout
+    assert sorted(p.name for p in (tmp_path / "runs/n2/jobs").iterdir()) == [
+        *("data-0.log", "eval-0.log", "report-0.log", "router-0.log"),
+        *("train-0.log", "train-1.log", "unlearn-0.log"),
+    ]
+
+
+def test_a_task_that_fails_ends_the_run_with_its_last_lines(tiny, tmp_path):
+    shutil.copytree(tiny / "configs", tmp_path / "configs")
+    shutil.copytree(tiny / "processed", tmp_path / "processed")
+    shutil.copytree(tiny / "raw", tmp_path / "raw")
+    done = launched("run_local.sh", tmp_path, "configs/n2.yaml", "training.learning_rate=1e30")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "tiered.local_run: error: train 0: exit code 2; the end of runs/n2/jobs/train-0.log" in (
+        done.stderr
+    )
+    assert "the training loss is nan at step" in done.stderr
+    assert not (tmp_path / "runs/n2/jobs/eval-0.log").exists()
+
+
+def test_dry_runs_print_the_plan_and_touch_nothing(tiny, tmp_path):
+    shutil.copytree(tiny / "configs", tmp_path / "configs")
+    (tmp_path / "site.sh").write_text(SITE)
+    site = {"SITE": str(tmp_path / "site.sh")}
+    done = launched("run_local.sh", tmp_path, "--dry-run", "configs/n2.yaml")
+    assert "train (2 tasks, cpu) after router" in done.stdout, done.stderr
+    done = launched("sweep.sh", tmp_path, "--dry-run", "configs/n1.yaml", "configs/n2.yaml", **site)
+    assert done.returncode == 0, done.stderr
+    (first, second) = (
+        line for line in done.stderr.splitlines() if line.startswith("sbatch") and "-read" in line
+    )
+    assert "--dependency" not in first and "--dependency=afterany:<router>" in second
+    assert "--array=0-1%2" in first and "--kill-on-invalid-dep" in done.stderr
+    assert "then: " in done.stdout and "runs/n1 runs/n2" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+# --- Slurm -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """A Slurm of two nodes on this machine; the environment its commands need."""
+    lacking = [c for c in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(c)]
+    if lacking:
+        pytest.skip(f"no {', '.join(lacking)} here (apt-get install slurm-wlm munge)")
+    if os.geteuid():
+        pytest.skip("slurmctld and slurmd of the test cluster run as root")
+    folder = tmp_path_factory.mktemp("slurm")
+    script = ROOT / "tests/slurm_cluster.sh"
+    subprocess.run(["bash", script, "start", folder], check=True, timeout=120)
+    yield {"SLURM_CONF": str(folder / "slurm.conf")}
+    subprocess.run(["bash", script, "stop", folder], check=True, timeout=60)
+
+
+def wait_for_queue(slurm: dict[str, str], folder: Path, seconds: float) -> None:
+    """Until no job is left; fails with the logs of the run after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while subprocess.run(
+        ["squeue", "-h"], env={**os.environ, **slurm}, capture_output=True, text=True, check=True
+    ).stdout.strip():
+        if time.monotonic() > deadline:
+            logs = "".join(p.read_text()[-2000:] for p in folder.glob("runs/*/jobs/*.log"))
+            pytest.fail(f"jobs are left after {seconds:.0f} s\n{logs}")
+        time.sleep(1)
+
+
+def test_jobs_of_slurm_make_what_the_scripts_make(slurm, tiny, tmp_path):
+    tiny_project(tmp_path)
+    (tmp_path / "site.sh").write_text(SITE)
+    secret = {"WANDB_API_KEY": "a-key-that-nobody-may-read"}
+    site = {"SITE": str(tmp_path / "site.sh"), **slurm, **secret}
+    done = launched("slurm.sh", tmp_path, "configs/n2.yaml", **site)
+    assert done.returncode == 0, done.stderr
+    wait_for_queue(slurm, tmp_path, 400)
+    same_results(tmp_path, tiny, "hi")
+    logs = {p.name: p.read_text() for p in (tmp_path / "runs/n2/jobs").glob("*.log")}
+    assert {"read-0.log", "read-1.log", "tokenise-3.log", "train-1.log"} <= logs.keys()
+    assert all(text.rstrip().endswith("exit code 0") for text in logs.values())
+    for path in [*tmp_path.rglob("*"), *Path(slurm["SLURM_CONF"]).parent.rglob("*")]:
+        if path.is_file() and path.name != "test_launching.py":
+            assert secret["WANDB_API_KEY"].encode() not in path.read_bytes(), path
