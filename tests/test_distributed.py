@@ -63,13 +63,111 @@ def test_gradients_of_two_ranks_are_those_of_all_rows(ranks):
         assert torch.allclose(found[name], gradient, atol=1e-7, rtol=1e-5), name
 
 
-def test_run_clm_trains_under_torchrun(tiny, tmp_path):
+FAMILIES = ("monet", "moe", "loss_free", "bank", "stream")
+WAYS = {
+    "ddp": {},
+    "fsdp": {"sharded": True},
+    "recomputed": {"sharded": True, "checkpointing": True},
+}
+
+
+def fit_job(folder: Path, family: str, name: str, **more) -> str:
+    """One training of tests/fit_ranks.py, as JSON."""
+    path = str(folder / f"{family}-{name}")
+    return json.dumps({"family": family, "folder": path, "micro_rows": 4, **more})
+
+
+def fit_alone(folder: Path, *trainings: str) -> None:
+    """Trainings of tests/fit_ranks.py in one process."""
+    command = [sys.executable, str(ROOT / "tests/fit_ranks.py"), str(folder / "alone.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *trainings], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory) -> Path:
+    """Six steps of eight rows: by one process in two micro-batches, by two ranks in one each; and
+    trainings that were killed at step 5 under one number of processes and resumed under another."""
+    folder = tmp_path_factory.mktemp("fits")
+    half = {"stop": 5, "accumulation": 2}
+    jobs = [fit_job(folder, f, "one", accumulation=2) for f in FAMILIES]
+    jobs += [fit_job(folder, f, f"one-{w}", **half) for f in FAMILIES[:2] for w in ("ddp", "fsdp")]
+    fit_alone(folder, *jobs)
+    jobs = [fit_job(folder, f, w, accumulation=1, **WAYS[w]) for f in FAMILIES for w in WAYS]
+    half = {"stop": 5, "accumulation": 1}
+    for family in FAMILIES[:2]:
+        for way in ("ddp", "fsdp"):
+            jobs.append(fit_job(folder, family, f"{way}-one", **half, **WAYS[way]))
+            jobs.append(fit_job(folder, family, f"one-{way}", accumulation=1, **WAYS[way]))
+    torchrun(folder, 29548, ROOT / "tests/fit_ranks.py", folder / "ranks.json", *jobs)
+    names = [fit_job(folder, f, f"{w}-one", accumulation=2) for f in FAMILIES[:2] for w in WAYS]
+    fit_alone(folder, *(n for n in names if "recomputed" not in n))
+    return folder
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "model/metrics.jsonl").open()]
+
+
+def same_training(folder: Path, family: str, name: str) -> float:
+    """Losses, gradient norms and weights of a training are those of one process, to 1e-5; returns
+    by how much running statistics differ, at most."""
+    one, other = (log_of(folder / f"{family}-{n}") for n in ("one", name))
+    assert len(one) == len(other) == 6
+    for a, b in zip(one, other, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5
+        assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-5 and a["grad_norm"] > 0.3
+    files = [folder / f"{family}-{n}/model/model.safetensors" for n in ("one", name)]
+    weights = [load_file(path) for path in files]
+    assert weights[0].keys() == weights[1].keys()
+    apart = 0.0
+    for key, value in weights[0].items():
+        distance = float((value.float() - weights[1][key].float()).abs().max())
+        if "running" in key:
+            apart = max(apart, distance)
+        elif "num_batches_tracked" in key:  # a rank sees half of the micro-batches
+            assert value == 12 and weights[1][key] in (6, 8, 10)
+        else:
+            assert distance < 1e-5, key
+    return apart
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_train_as_one_process_with_twice_the_accumulation(fits, family, way):
+    """Under DDP, FSDP2 and FSDP2 with gradient checkpointing. Running statistics are the mean of
+    the ranks', each over its own rows: they alone differ."""
+    apart = same_training(fits, family, way)
+    assert (apart > 1e-3) == (family == "monet")
+
+
+def test_fsdp_holds_shards_and_publishes_the_whole(fits):
+    shards = json.loads((fits / "ranks.json").read_text())[: len(FAMILIES) * len(WAYS)]
+    for i, seen in enumerate(shards):
+        assert seen and set(seen) == {i % len(WAYS) > 0}  # DDP's are plain tensors
+    whole = load_file(fits / "monet-fsdp/model/model.safetensors")
+    expected = load_file(fits / "monet-one/model/model.safetensors")
+    assert {n: t.shape for n, t in whole.items()} == {n: t.shape for n, t in expected.items()}
+
+
+@pytest.mark.parametrize("way", ["ddp-one", "fsdp-one", "one-ddp", "one-fsdp"])
+@pytest.mark.parametrize("family", FAMILIES[:2])
+def test_a_checkpoint_of_one_number_of_processes_goes_on_under_another(fits, family, way):
+    """Killed at step 5 under the first, resumed from step 4 under the second."""
+    assert not list((fits / f"{family}-{way}").glob(".checkpoints/*/*"))  # done
+    same_training(fits, family, way)
+
+
+@pytest.mark.parametrize("shard", ["false", "true"])
+def test_run_clm_trains_under_torchrun(shard, tiny, tmp_path):
     """Twice the rows per step, half the steps, one published model that loads and is finite."""
     for name in ("configs", "processed"):
         shutil.copytree(tiny / name, tmp_path / name)
-    output = torchrun(
-        tmp_path, 29547, ROOT / "run_clm.py", "configs/n1.yaml", "training.save_steps=20"
-    )
+    more = ("training.save_steps=20", f"training.shard={shard}")
+    output = torchrun(tmp_path, 29547, ROOT / "run_clm.py", "configs/n1.yaml", *more)
     assert output.count("n1 partition 0:") == 1
     (folder,) = Path(tmp_path / "runs/n1/models").iterdir()
     verify(folder)

@@ -33,6 +33,7 @@ def training_arguments(config: Config, share: float) -> dict[str, Any]:
         *("schedule", "min_batch_rows", "num_train_epochs", "split", "documents", "dropout"),
         *("num_proc", "save_steps", "report_to", "arguments"),
         *("balanced", "added_from", "added_learning_rate", "routing_steps", "expert_devices"),
+        "shard",
     }
     section = plain(config.training)
     values = {k: v for k, v in section.items() if k not in own}

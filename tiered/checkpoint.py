@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tiered.store import TIMINGS, UserError, atomic_folder, is_complete, read_json, verify
 
@@ -38,15 +39,35 @@ def prune(folder: Path) -> None:
         shutil.rmtree(path)
 
 
+def whole(state: Any) -> Any:
+    """A state with its tensors on the CPU, and whole where they are shards of ranks (FSDP2); all
+    ranks have to call it then."""
+    if isinstance(state, dict):
+        return {k: whole(v) for k, v in state.items()}
+    if not isinstance(state, torch.Tensor):
+        return state
+    state = state.full_tensor() if isinstance(state, DTensor) else state
+    return state.detach().cpu().contiguous()
+
+
+def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights and buffers of a model on the CPU, tied ones once; all ranks have to call it."""
+    return {name: whole(tensor) for name, tensor in _without_shared(model.state_dict()).items()}
+
+
 def save(folder: Path, trainer: Any, seconds: float) -> None:
-    """Write the whole state of a transformers Trainer as one atomic folder.
+    """Write the whole state of a transformers Trainer as one atomic folder; all ranks have to call
+    it, the one with args.should_save writes.
 
     seconds: training time so far, kept in the timings file, which no hash covers.
     """
+    weights, optimizer = whole_weights(trainer.model), trainer.optimizer.state_dict()
+    optimizer = {**optimizer, "state": whole(optimizer["state"])}
+    if not trainer.args.should_save:
+        return
     with atomic_folder(folder) as path:
-        weights = {k: v.detach().cpu().contiguous() for k, v in trainer.model.state_dict().items()}
-        save_file(_without_shared(weights), path / "model.safetensors")
-        _save_optimizer(trainer.optimizer.state_dict(), path)
+        save_file(weights, path / "model.safetensors")
+        _save_optimizer(optimizer, path)
         _write(path / "scheduler.json", _plain(trainer.lr_scheduler.state_dict()))
         _save_random_state(path)
         _write(path / "loss_accumulator.json", trainer.loss_accumulator())
@@ -56,16 +77,23 @@ def save(folder: Path, trainer: Any, seconds: float) -> None:
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
     """Load model.safetensors into a model, buffers included; every tensor must be there."""
-    weights = load_file(folder / "model.safetensors")
+    set_weights(model, load_file(folder / "model.safetensors"), str(folder))
+
+
+def set_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], origin: str) -> None:
+    """Give a model all its weights and buffers, tied ones once. UserError, naming the origin, where
+    they are another model's."""
+    state = model.state_dict()
+    weights = {name: _as(tensor, state.get(name)) for name, tensor in weights.items()}
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:  # torch's way to report another shape
-        raise UserError(f"{folder}: checkpoint of another model ({error})") from None
-    state = model.state_dict()  # of tied tensors one is stored: the others have its memory
-    stored = {state[name].data_ptr() for name in weights if name in state}
-    lacking = [n for n in missing if not state[n].numel() or state[n].data_ptr() not in stored]
+        raise UserError(f"{origin}: checkpoint of another model ({error})") from None
+    # of tied tensors one is stored: the others have its memory
+    stored = {_place(state[name]) for name in weights if name in state}
+    lacking = [n for n in missing if not state[n].numel() or _place(state[n]) not in stored]
     if unexpected or lacking:
-        raise UserError(f"{folder}: checkpoint of another model ({(lacking + unexpected)[0]})")
+        raise UserError(f"{origin}: checkpoint of another model ({(lacking + unexpected)[0]})")
 
 
 def load_optimizer(folder: Path, trainer: Any) -> None:
@@ -76,6 +104,12 @@ def load_optimizer(folder: Path, trainer: Any) -> None:
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    for index, entry in state.items():  # moments are cut as their weights are
+        shaped = {
+            k for k, v in entry.items() if getattr(v, "shape", None) == parameters[index].shape
+        }
+        entry |= {key: _as(entry[key], parameters[index]) for key in shaped}
     trainer.optimizer.load_state_dict({"state": state, "param_groups": stored["param_groups"]})
     trainer.lr_scheduler.load_state_dict(read_json(folder / "scheduler.json"))
 
@@ -97,7 +131,7 @@ def _save_optimizer(state: dict[str, Any], path: Path) -> None:
     for index, values in state["state"].items():
         for key, value in values.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous()
+                tensors[f"{index}.{key}"] = value
             else:
                 rest.setdefault(str(index), {})[key] = value
     save_file(tensors, path / "optimizer.safetensors")
@@ -114,14 +148,31 @@ def _save_random_state(path: Path) -> None:
     _write(path / "rng.json", {"python": random.getstate(), "numpy": numpy_state})
 
 
+def _as(tensor: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
+    """A whole tensor in shards as another one is, if that is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    # every rank has read the whole: each takes its shard of that, nothing is sent
+    return distribute_tensor(
+        tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
+
+
+def _place(tensor: torch.Tensor) -> int:
+    """Where a tensor's memory, or this rank's shard of it, begins."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
+
+
 def _without_shared(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tied tensors once (safetensors refuses shared memory)."""
-    seen: set[int] = set()
+    seen: set[tuple[int, bool]] = set()
     unique = {}
     for name, tensor in weights.items():
-        if tensor.numel() == 0 or tensor.data_ptr() not in seen:
+        # a rank's shard of a small tensor may be empty
+        place = (id(tensor), True) if isinstance(tensor, DTensor) else (tensor.data_ptr(), False)
+        if tensor.numel() == 0 or place not in seen:
             unique[name] = tensor
-        seen.add(tensor.data_ptr())
+        seen.add(place)
     return unique
 
 

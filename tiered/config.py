@@ -403,6 +403,11 @@ class TrainingConfig:
         " one process; the rest of it is on the first (on a CPU: parts that it holds)",
         low=1,
     )
+    shard: bool = opt(
+        False,
+        "under torchrun, weights, gradients and optimizer state of a partition's model are split"
+        " over the processes (FSDP2) instead of copied to each (DDP)",
+    )
     balanced: bool = opt(
         False,
         "every optimizer step holds as many rows of each domain of the partition, and an epoch is a"
@@ -1044,6 +1049,14 @@ def _check_training(config: Config) -> None:
                 )
     if section.expert_devices > 1 and config.model.type != "moe":
         raise UserError("training.expert_devices: only the experts of model.type moe are spread")
+    if section.shard:
+        for key, wrong in (
+            (f"model.type: {config.model.type}", config.model.type in (*SHARED_TRUNK, "lora")),
+            ("training.routing_steps", section.routing_steps > 0),
+            ("training.expert_devices", section.expert_devices > 1),
+        ):
+            if wrong:
+                raise UserError(f"training.shard: cannot be combined with {key}")
     if config.model.type in SHARED_TRUNK:
         _check_shared_trunk(config)
     if section.added_from and not config.data.added_domains:

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
@@ -196,12 +198,11 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         self.unite_ranks()
-        if not self.args.should_save:
-            return
         folder = self.checkpoints / f"checkpoint-{self.state.global_step:08d}"
         seconds = self.seconds_before + time.perf_counter() - self.begin
         checkpoint.save(folder, self, seconds)
-        checkpoint.prune(self.checkpoints)
+        if self.args.should_save:
+            checkpoint.prune(self.checkpoints)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         checkpoint.load_weights(Path(resume_from_checkpoint), model or self.model)
@@ -226,11 +227,25 @@ def average_statistics(model: torch.nn.Module) -> None:
             buffer /= torch.distributed.get_world_size()
 
 
+def shard(model: PreTrainedModel) -> None:
+    """Split weights, gradients and what the optimizer keeps of them over all ranks, layer by layer
+    (FSDP2: torch's fully_shard)."""
+    device = next(model.parameters()).device
+    mesh = init_device_mesh(device.type, (world_size(),))
+    # a layer's weights are whole while it computes, and split again behind it
+    if getattr(model, "layers_stand_alone", True):
+        for layer in list(model.modules()):
+            if type(layer).__name__ in (model._no_split_modules or ()):
+                fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
 @dataclass
 class Fit:
     """One training job: where it is kept, from which seed, with which arguments; earlier_seconds:
     what the training that it goes on from took; observe, observe_steps: what is noted of the model
-    (JSON-ready, changing nothing) at the start and every so many steps (0: never)."""
+    (JSON-ready, changing nothing) at the start and every so many steps (0: never); sharded: whether
+    ranks hold a share of the model each (FSDP2) instead of a copy (DDP)."""
 
     folder: Path
     label: str
@@ -240,6 +255,7 @@ class Fit:
     earlier_seconds: float = 0.0
     observe: Callable[[PreTrainedModel], dict[str, Any]] | None = None
     observe_steps: int = 0
+    sharded: bool = False
 
     @property
     def checkpoints(self) -> Path:
@@ -293,6 +309,10 @@ def _train(
     torch.manual_seed(job.seed)
     model = make_model()
     trainer = _make_trainer(config, job, model, blocks, trainer_class)
+    if job.sharded and world_size() > 1:
+        shard(trainer.model)
+        # so the Trainer's own for models that look after their placement and their gradients
+        trainer.is_distributed_loading_by_transformers = True
     resume = checkpoint.newest(job.checkpoints)
     if resume is not None:
         print(f"{job.label}: resuming from step {int(resume.name.split('-')[1])}")
@@ -310,18 +330,23 @@ def _train(
         print(f"{job.label}: asked to end; state saved at step {trainer.state.global_step}")
         raise SystemExit(stopping.ENDED)
     trainer.unite_ranks()
+    trained = trainer.model
+    if trainer.is_distributed_loading_by_transformers:
+        weights, trained = checkpoint.whole_weights(trainer.model), make_model()
+        checkpoint.set_weights(trained, weights, job.label)
     if trainer.args.should_save:
-        _publish(job, trainer, finish, seconds)
+        _publish(job, trainer, trained, finish, seconds)
 
 
 def _publish(
     job: Fit,
     trainer: ResumableTrainer,
+    model: PreTrainedModel,
     finish: Callable[[PreTrainedModel, Path], dict[str, Any]],
     seconds: float,
 ) -> None:
     """Write the trained model, its log and its record to job.folder; drop the checkpoints."""
-    model = trainer.model.to("cpu").eval()
+    model = model.to("cpu").eval()
     for name, weights in model.named_parameters():
         if not weights.isfinite().all():
             raise UserError(f"{job.label}: {name} is not finite after training; nothing published")

@@ -114,6 +114,7 @@ def training_environment(config: Config) -> list[Any]:
     """What a trained model depends on besides its inputs: `environment`, and its family's code."""
     own = FAMILY_CODE.get(config.model.type)
     found = [environment(config), *([code_hash(*own)] if own else [])]
+    found += ["sharded"] if config.training.shard and world_size() > 1 else []
     return [*found, _version("peft")] if config.model.type == "lora" else found
 
 

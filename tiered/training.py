@@ -253,6 +253,7 @@ def train_partition(
             "batch_rows": batch_rows(config, partitions.share(k)),
             "environment": environment(config),
         },
+        sharded=config.training.shard,
     )
     watch(job, config, data, counts)
     if config.model.type == "lora":
@@ -354,6 +355,7 @@ def _adapt(
             "batch_rows": batch_rows(config, partitions.share(k)),
             "environment": environment(config),
         },
+        sharded=config.training.shard,
     )
     watch(job, config, data, counts)
 

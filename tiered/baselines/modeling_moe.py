@@ -954,6 +954,12 @@ class MoeForCausalLM(MoePreTrainedModel, GenerationMixin):
             + config.routing_offset_coef * losses["offset_loss"]
         )
 
+    @property
+    def layers_stand_alone(self) -> bool:
+        """Whether no layer's weights are read outside of it: later layers read a bank's experts,
+        offset_loss the layers' offsets to the shared gate."""
+        return self.config.expert_bank_layers == 1 and not self.config.routing_stream_size
+
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
         """Loss-free balancing: every router's biases move, by the loads of all micro-batches and
