@@ -1,7 +1,7 @@
 """Model sizes on paper: widths that spend an equal budget at every number of partitions.
 
-    python -m tiered.cost A --vocab 119547                  # equal totals, published head layout
-    python -m tiered.cost D --vocab 32768 --head-dim 64
+    python -m tiered.sizes A --vocab 119547                  # equal totals, published head layout
+    python -m tiered.sizes D --vocab 32768 --head-dim 64
 
 Budgets (n partition models against the one model of n = 1): A equal total parameters; B equal
 parameters without embeddings; C equal computation (every model has the size of n = 1, the tokens

@@ -6,7 +6,7 @@ import torch
 from modeling_monet import MonetForCausalLM
 from tests.test_config import ROOT
 from tiered.config import load
-from tiered.cost import COUNTED, published_size, solve_width
+from tiered.sizes import COUNTED, published_size, solve_width
 
 VOCABULARY = {"A": 119547, "B": 119547, "D": 32768}
 
