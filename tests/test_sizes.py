@@ -6,7 +6,13 @@ import torch
 from modeling_monet import MonetForCausalLM
 from tests.test_config import ROOT
 from tiered.config import load
-from tiered.sizes import COUNTED, published_size, solve_width
+from tiered.sizes import (
+    COUNTED,
+    print_smallest,
+    published_size,
+    smallest_size,
+    solve_width,
+)
 
 VOCABULARY = {"A": 119547, "B": 119547, "D": 32768}
 
@@ -58,3 +64,23 @@ def test_configs_of_the_study_have_the_solved_sizes(n):
     found = (model.hidden_size, model.moe_experts, model.num_attention_heads, model.head_dim)
     wanted = (size.hidden_size, size.moe_experts, size.num_attention_heads, size.head_dim)
     assert found == wanted
+
+
+def test_the_narrowest_model_bounds_what_a_budget_can_buy(capsys):
+    """By hand: two tables of V x 2, per layer four maps of 2 x 64, two experts per axis with 2 m d
+    + m + d entries each, two norms; two routers; the final norm."""
+    reference = published_size(32768, 64)
+    counts = smallest_size(1024, reference, 64).parameter_counts()
+    layer = 4 * 2 * 64 + 2 * (2 * 8 * 2 + 8 + 2) + 2 * 2
+    assert counts["total"] == 2 * 32768 * 2 + 8 * layer + 2 * 2 * 2 * 8 * 2 + 2
+    with torch.device("meta"):
+        model = MonetForCausalLM(smallest_size(1024, reference, 64))
+    assert counts["total"] == sum(p.numel() for p in model.parameters())
+    print_smallest("D", [64, 1024], reference, 64)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows[0][2] == "98" and rows[1][2] == "none: fewer than 2 experts per axis"
+    budget = reference.parameter_counts()["total"] / 1024
+    assert rows[1][1] == f"{budget:,.0f}"
+    assert rows[1][-1].split()[0] == f"{counts['total'] / budget:.2f}"
+    with pytest.raises(ValueError, match="budget C sets no number"):
+        print_smallest("C", [1], reference, 64)

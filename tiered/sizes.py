@@ -2,6 +2,7 @@
 
     python -m tiered.sizes A --vocab 119547                  # equal totals, published head layout
     python -m tiered.sizes D --vocab 32768 --head-dim 64
+    python -m tiered.sizes D --vocab 32768 --head-dim 64 --smallest --n 16 64 256 1024
 
 Budgets (n partition models against the one model of n = 1): A equal total parameters; B equal
 parameters without embeddings; C equal computation (every model has the size of n = 1, the tokens
@@ -81,6 +82,12 @@ def _sizes(n: int, reference: MonetConfig, head_dim: int) -> Iterator[MonetConfi
             yield size
 
 
+def smallest_size(n: int, reference: MonetConfig, head_dim: int = 0) -> MonetConfig:
+    """The narrowest model of n partitions that there is: hidden size 2, one head (or the
+    reference's number of them, 2 wide), and an n-th of the reference's experts, at least 2."""
+    return next(_sizes(n, reference, head_dim))
+
+
 def main() -> None:
     """Command line: a table of sizes."""
     parser = argparse.ArgumentParser(
@@ -90,11 +97,14 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=119547, help="default 119547 (mBERT)")
     parser.add_argument("--head-dim", type=int, default=0, help="0: 32 heads, as published")
     parser.add_argument("--n", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument(
+        "--smallest", action="store_true", help="the narrowest model against the budget of one"
+    )
     given = parser.parse_args()
+    reference = published_size(given.vocab, given.head_dim)
     try:
-        print_table(
-            given.budget, given.n, published_size(given.vocab, given.head_dim), given.head_dim
-        )
+        show = print_smallest if given.smallest else print_table
+        show(given.budget, given.n, reference, given.head_dim)
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
 
@@ -115,6 +125,33 @@ def print_table(budget: str, counts_of_n: list[int], reference: MonetConfig, hea
             f" {size.num_attention_heads} x {size.head_dim} | {n * counts['total']:,} |"
             f" {n * counts['non_embedding']:,} | {counts['computed_per_token']:,} |"
             f" {models * counts[counted] / whole[counted] - 1:+.2%} |"
+        )
+
+
+def print_smallest(
+    budget: str, counts_of_n: list[int], reference: MonetConfig, head_dim: int
+) -> None:
+    """Per n, as Markdown: the parameters that one model may have, the embeddings' share where the
+    budget can be spent, and the narrowest model: where that is larger no width spends the budget.
+    """
+    if budget not in COUNTED:
+        raise ValueError(f"--smallest: budget {budget} sets no number of parameters")
+    counted = COUNTED[budget]
+    print(
+        "| n | budget of one | hidden that spends it | its embeddings | narrowest model |"
+        " its embeddings | narrowest / budget |\n|---|---|---|---|---|---|---|"
+    )
+    for n in counts_of_n:
+        target = reference.parameter_counts()[counted] / n
+        least = smallest_size(n, reference, head_dim).parameter_counts()
+        hidden, share = "none: fewer than 2 experts per axis", ""
+        if n <= reference.moe_experts // 2:
+            size = solve_width(n, budget, reference, head_dim)
+            counts = size.parameter_counts()
+            hidden, share = str(size.hidden_size), f"{counts['embedding'] / counts['total']:.0%}"
+        print(
+            f"| {n} | {target:,.0f} | {hidden} | {share} | {least[counted]:,} |"
+            f" {least['embedding'] / least['total']:.0%} | {least[counted] / target:.2f} |"
         )
 
 
