@@ -10,7 +10,7 @@ import pytest
 from tests.test_config import ROOT, SHIPPED
 from tiered.config import load
 from tiered.cost import command_line, comparison_row, duration, print_estimate, short, size
-from tiered.estimate import estimate
+from tiered.estimate import estimate, evaluation_memory
 from tiered.flops import forward_flops, training_flops
 from tiered.memory import checkpoint_bytes
 from tiered.workload import Assumptions
@@ -87,10 +87,12 @@ def test_evaluation_reads_rows_once_and_for_mixtures_with_every_model():
     router = sum(found.router)
     assert found.router[1] == 2 * 16 * 64  # sixteen centroids of width 64
     assert found.evaluation == rows * positions * (forward_flops(found.model.parts) + router)
+    assert evaluation_memory(found) == (4 * rows * positions * 16, 0)
     mixed = of("quickstart/n16", "eval.mixtures=[distance,bayes_cached,parameter_average]")
     passes = rows * 2 + 16 * (rows + 16 * 100)
     expected = passes * forward_flops(mixed.model.parts) + (2 * rows + 16 * 100) * router
     assert mixed.evaluation == pytest.approx(positions * expected, rel=1e-12)
+    assert evaluation_memory(mixed)[1] == 8 * 64 * positions * 16
     assert mixed.disk["scores cached by the evaluation"] == 5 * positions * (
         rows + 16 * (rows + 16 * 100)
     )

@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from tiered.config import Config, run_script
-from tiered.estimate import FILES_PER_MODEL, Estimate, Trained, estimate
+from tiered.estimate import FILES_PER_MODEL, Estimate, Trained, estimate, evaluation_memory
 from tiered.flops import DEVICES, float32_flops, forward_flops, hours, training_flops
 from tiered.memory import USABLE, model_bytes
 from tiered.store import UserError
@@ -213,9 +213,9 @@ def gold_rows(found: Estimate) -> list[dict[str, str]]:
 
 
 def serving_rows(found: Estimate) -> list[dict[str, str]]:
-    """Memory and FLOPs of use: one partition, all of them, the router."""
+    """Memory (weights in float32) and FLOPs of use: one partition, all of them, the router."""
     one, (embedding, comparing) = model_bytes(found.model.passed), found.router
-    forward = forward_flops(found.model.parts)
+    forward, (scores, mixed) = forward_flops(found.model.parts), evaluation_memory(found)
     embedder = found.embedder.checkpoint if found.embedder else math.nan
     rows = {
         "one partition's model": (size(one), short(forward)),
@@ -225,6 +225,8 @@ def serving_rows(found: Estimate) -> list[dict[str, str]]:
         ),
         "Level-1 embedder": (size(embedder), short(embedding)),
         "comparison with centroids": ("", short(comparing)),
+        "evaluation: router scores of all rows": (size(scores), ""),
+        "mixtures: log probabilities of a domain": (size(mixed) if mixed else "none", ""),
     }
     return [{"in use": n, "memory, float32": m, "FLOPs per token": f} for n, (m, f) in rows.items()]
 
@@ -330,7 +332,8 @@ def comparison_row(found: Estimate) -> dict[str, str]:
         "memory to train": size(held.total(found.checkpointing)),
         "to serve one": size(model_bytes(found.model.passed)),
         "to serve all": size(model_bytes(found.model.passed) * found.models),
-        "router FLOPs": short(sum(found.router)),
+        "router FLOPs per token": short(sum(found.router)),
+        "router scores held": size(evaluation_memory(found)[0]),
         "evaluation FLOPs": short(found.evaluation),
         "golds, FLOPs anew": short(sum(g.anew for g in found.golds)),
         "checkpoints": size(found.disk["partition models"]),
