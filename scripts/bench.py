@@ -18,6 +18,7 @@ no implementation can avoid take part as a contender: the floor.
     python scripts/bench.py moe --experts 64 --topk 8 --hidden 256 --heads 8 --layers 4
     python scripts/bench.py data --megabytes 100 2000    # seconds grow with the input, memory not
     python scripts/bench.py recorder --experts 64 --topk 8 --hidden 256 --heads 8 --layers 4
+    python scripts/bench.py scaling --path route --partitions 1 16 1024 --hidden 256 --vocab 32768
 
 --reference names any file that offers MonetConfig and MonetForCausalLM; it may run in another
 interpreter, whose libraries differ from ours.
@@ -55,6 +56,7 @@ CASES = {
     "moe": ("ours", "transformers", "eager experts"),
     "recorder": ("ours", "forward"),
     "data": ("ours", "run_clm"),
+    "scaling": (),  # the numbers of --partitions, the first of which the others are compared with
 }
 OLMOE_EXPERTS, OLMOE_ACTIVE = 64, 8
 
@@ -161,6 +163,11 @@ def make_step(kind: str, case: str, size: dict[str, Any]) -> Callable[[], None]:
         from bench_experts import expert_step
 
         return expert_step(kind, case, size)
+    if case == "scaling":
+        sys.path.insert(0, str(ROOT))
+        from bench_scaling import scaling_step
+
+        return scaling_step(kind, size)
     if case in ("moe", "recorder"):
         sys.path.insert(0, str(ROOT))
         from bench_experts import mixture_step
@@ -485,6 +492,9 @@ def title_of(given: argparse.Namespace, tokens: int) -> tuple[str, int]:
         return f"clusters: {tokens:,} vectors", tokens
     if given.case in ("routing", "systems"):
         return f"{given.case}: {' '.join(given.config)}, {given.rows} rows per domain", 0
+    if given.case == "scaling":
+        kind = {"documents": "documents", "clusters": "vectors"}.get(given.path, "tokens")
+        return f"scaling, {given.path}: {tokens:,} {kind}, by number of partitions", tokens
     made = given.batch * given.new_tokens if given.case == "generate" else tokens
     shared = given.case in ("demix", "mixing", "lora")
     count = given.domains if shared else given.experts
@@ -513,6 +523,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--megabytes", type=float, nargs="+", default=[100], help="data: of text")
     parser.add_argument("--languages", default="en,de,hi,zh", help="data: default en,de,hi,zh")
     parser.add_argument("--processes", type=int, default=2, help="data: default 2")
+    paths = ("route", "mix", "score", "documents", "clusters")
+    parser.add_argument("--path", default="route", choices=paths, help="scaling: what is timed")
+    parser.add_argument(
+        "--partitions", type=int, nargs="+", default=[1, 16, 64, 256, 1024], help="scaling: n"
+    )
     parser.add_argument("--only", nargs="+", help="contenders; ours is always the first")
     parser.add_argument("--reference", type=Path, help="a file that offers another Monet")
     parser.add_argument("--reference-python", default=sys.executable, help="its interpreter")
@@ -533,7 +548,13 @@ def main() -> None:
         raise SystemExit(f"bench.py: {given.case}: --config CONFIG of a trained run is needed")
     if given.case == "systems":
         kinds = given.config
-    known = {*(given.config or ())} | {kind for case in CASES.values() for kind in case}
+    if given.case == "scaling":
+        kinds = [str(n) for n in given.partitions]
+        if given.path in ("documents", "clusters"):
+            given.length = 1
+    known = {*(given.config or ()), *map(str, given.partitions)} | {
+        kind for case in CASES.values() for kind in case
+    }
     if unknown := set(kinds) - known:
         raise SystemExit(f"bench.py: --only: {', '.join(unknown)}: not one of {', '.join(known)}")
     if given.case == "data":

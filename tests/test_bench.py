@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -32,3 +34,30 @@ def test_a_contender_against_itself_is_even_and_all_logits_cost_memory(tmp_path)
     more = rows["plain loss"]["peak_bytes"] - rows["ours"]["peak_bytes"]
     assert more > 82e6
     assert "| plain loss |" in done.stdout
+
+
+def test_paths_are_timed_by_number_of_partitions(tmp_path):
+    """Rows of 64 partitions are scored a model at a time, with what that costs beside the models:
+    it takes longer than for one."""
+    options = ["--path=score", "--partitions", "1", "64", "--tokens=4096", "--length=64"]
+    options += ["--rounds=5", "--threads=1", "--json", tmp_path / "x.json"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/bench.py", "scaling", *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (race,) = json.loads((tmp_path / "x.json").read_text())["races"]
+    assert [row["contender"] for row in race["rows"]] == ["1", "64"]
+    assert race["rows"][1]["time_ratio"] > 1.2
+
+
+@pytest.mark.parametrize("path", ["route", "mix", "score", "documents", "clusters"])
+def test_every_path_runs(path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from bench_scaling import scaling_step
+
+    sizes = {"path": path, "tokens": 64, "length": 16, "hidden": 8, "vocab": 50}
+    for n in ("1", "4"):
+        scaling_step(n, sizes)()

@@ -20,6 +20,8 @@ ALLOWED = {
     },
     "data": {"config", "domains", "store"},
     "modeling_tiered": set(),
+    "flops": set(),
+    "memory": {"flops"},
     "checkpoint": {"store"},
     "workers": {"stopping", "store"},
     "locks": {"store"},
