@@ -83,7 +83,8 @@ class State:
         self.model = torch.nn.Linear(3, 2)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.lr_scheduler = get_cosine_schedule_with_warmup(self.optimizer, 2, 20)
-        self.state = self
+        self.state = self.args = self
+        self.should_save = True
 
     def save_to_json(self, path: str) -> None:
         Path(path).write_text("{}")
