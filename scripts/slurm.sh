@@ -14,6 +14,10 @@ while [ $# -gt 0 ]; do
   esac
 done
 [ $# -gt 0 ] || { sed -n '2,5s/^# //p' "$ROOT/scripts/slurm.sh" >&2; exit 2; }
+if [ -z "$dry" ] && ! command -v sbatch >/dev/null; then
+  echo "slurm.sh: there is no sbatch on this machine; scripts/run_local.sh runs an experiment here" >&2
+  exit 2
+fi
 reading=(--reading-tasks "$SITE_READING_TASKS")
 if [ -n "$dry" ]; then
   plan=$(mktemp)
