@@ -113,7 +113,8 @@ def test_a_training_that_is_asked_to_end_saves_and_goes_on_from_there(
     assert saved and all(int(step) % 30 for step in saved), output
     assert not list(tmp_path.rglob("*.lock"))
     output = run_stages(tmp_path, ("run_clm",), CONFIG, *WORK, more, "training.save_steps=30")
-    assert re.findall(r"resuming from step (\d+)", output) == saved
+    # two processes resume in any order
+    assert sorted(re.findall(r"resuming from step (\d+)", output)) == sorted(saved)
     for k in ("0", "1"):
         found = tree_hashes(tmp_path / "runs/n2/models" / k)
         assert found == tree_hashes(uninterrupted / "runs/n2/models" / k)

@@ -1,6 +1,7 @@
 """Plans of experiments, run on this machine and by a real Slurm on localhost."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, tiny_project
+from tests.conftest import ROOT, run_stages, tiny_project
 from tests.test_config import SHIPPED
 from tiered.config import load
 from tiered.plan import Job, jobs, lines
@@ -148,7 +149,8 @@ def test_a_task_that_fails_ends_the_run_with_its_last_lines(tiny, tmp_path):
     shutil.copytree(tiny / "configs", tmp_path / "configs")
     shutil.copytree(tiny / "processed", tmp_path / "processed")
     shutil.copytree(tiny / "raw", tmp_path / "raw")
-    done = launched("run_local.sh", tmp_path, "configs/n2.yaml", "training.learning_rate=1e30")
+    more = ("--workers", "1", "configs/n2.yaml", "training.learning_rate=1e30")
+    done = launched("run_local.sh", tmp_path, *more)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "tiered.local_run: error: train 0: exit code 2; the end of runs/n2/jobs/train-0.log" in (
         done.stderr
@@ -224,3 +226,35 @@ def test_jobs_of_slurm_make_what_the_scripts_make(slurm, tiny, tmp_path):
     for path in [*tmp_path.rglob("*"), *Path(slurm["SLURM_CONF"]).parent.rglob("*")]:
         if path.is_file() and path.name != "test_launching.py":
             assert secret["WANDB_API_KEY"].encode() not in path.read_bytes(), path
+
+
+@pytest.mark.slow
+def test_a_task_before_its_time_limit_saves_and_is_queued_again(slurm, tiny, tmp_path):
+    """Slurm's USR1 is passed on; the task goes on where it was and its model is the undisturbed
+    one. Slurm begins a requeued job two minutes later."""
+    for name in ("configs", "processed", "raw"):
+        shutil.copytree(tiny / name, tmp_path / name)
+    (tmp_path / "site.sh").write_text(SITE)
+    site = {"SITE": str(tmp_path / "site.sh"), **slurm}
+    more = ("training.num_train_epochs=30", "training.save_steps=100000", "unlearn.forget=[]")
+    done = launched("slurm.sh", tmp_path, "configs/n1.yaml", *more, **site)
+    task = dict(line.split() for line in done.stdout.splitlines())["train"]
+    log, deadline = tmp_path / "runs/n1/jobs/train-0.log", time.monotonic() + 300
+    locks = tmp_path / "runs/.store/models/.locks"
+    while not list(locks.glob("*.lock")):  # it trains
+        assert time.monotonic() < deadline, log.read_text() if log.exists() else "no log"
+        time.sleep(0.2)
+    time.sleep(3)
+    subprocess.run(
+        ["scancel", "--signal=USR1", "--batch", task], env={**os.environ, **slurm}, check=True
+    )
+    wait_for_queue(slurm, tmp_path, 500)
+    text = log.read_text()
+    (saved,) = re.findall(r"asked to end; state saved at step (\d+)", text)
+    assert f"resuming from step {saved}" in text and "exit code 143" in text
+    assert text.rstrip().endswith("exit code 0")
+    model = tree_hashes(tmp_path / "runs/n1/models/0")
+    shutil.rmtree(tmp_path / "runs")
+    scripts = ("train_det_router", "run_clm")
+    run_stages(tmp_path, scripts, "configs/n1.yaml", *more)
+    assert tree_hashes(tmp_path / "runs/n1/models/0") == model
