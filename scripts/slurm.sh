@@ -5,6 +5,7 @@
 # usage: bash scripts/slurm.sh [--dry-run] [--after JOBID[:JOBID]] CONFIG [key=value ...]
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 source "${SITE:-$ROOT/scripts/site.sh}"
+source "$ROOT/scripts/hide_secrets.sh"
 dry= after=
 while [ $# -gt 0 ]; do
   case $1 in
@@ -29,19 +30,12 @@ else
   name=$(basename "$(dirname "$(dirname "$plan")")")
 fi
 
-# Secrets stay out of what Slurm writes down of a job's environment; jobs read secrets.env.
-hidden=(-u WANDB_API_KEY -u HF_TOKEN -u HUGGING_FACE_HUB_TOKEN)
-if [ -f "$ROOT/secrets.env" ]; then
-  while read -r key; do hidden+=(-u "$key"); done < <(
-    sed -nE 's/^(export +)?([A-Za-z_][A-Za-z_0-9]*)=.*/\2/p' "$ROOT/secrets.env")
-fi
-
 submit() { # prints a job id
   if [ -n "$dry" ]; then
     echo "sbatch $*" >&2
     echo "<$job>"
   else
-    env "${hidden[@]}" sbatch --parsable "$@"
+    sbatch --parsable "$@"
   fi
 }
 

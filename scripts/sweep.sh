@@ -4,6 +4,7 @@
 # usage: bash scripts/sweep.sh [--dry-run] [--local] [--output FOLDER] CONFIG ... [key=value ...]
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 source "${SITE:-$ROOT/scripts/site.sh}"
+source "$ROOT/scripts/hide_secrets.sh"
 flags=() local= output=runs/report configs=() overrides=()
 while [ $# -gt 0 ]; do
   case $1 in

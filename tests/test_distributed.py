@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -77,14 +78,15 @@ def fit_job(folder: Path, family: str, name: str, **more) -> str:
     return json.dumps({"family": family, "folder": path, "micro_rows": 4, **more})
 
 
-def fit_alone(folder: Path, *trainings: str) -> None:
-    """Trainings of tests/fit_ranks.py in one process."""
+def fit_alone(folder: Path, *trainings: str) -> str:
+    """Output of trainings of tests/fit_ranks.py in one process."""
     command = [sys.executable, str(ROOT / "tests/fit_ranks.py"), str(folder / "alone.json")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *trainings], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +104,10 @@ def fits(tmp_path_factory) -> Path:
         for way in ("ddp", "fsdp"):
             jobs.append(fit_job(folder, family, f"{way}-one", **half, **WAYS[way]))
             jobs.append(fit_job(folder, family, f"one-{way}", accumulation=1, **WAYS[way]))
-    torchrun(folder, 29548, ROOT / "tests/fit_ranks.py", folder / "ranks.json", *jobs)
+    output = torchrun(folder, 29548, ROOT / "tests/fit_ranks.py", folder / "ranks.json", *jobs)
     names = [fit_job(folder, f, f"{w}-one", accumulation=2) for f in FAMILIES[:2] for w in WAYS]
-    fit_alone(folder, *(n for n in names if "recomputed" not in n))
+    output += fit_alone(folder, *(n for n in names if "recomputed" not in n))
+    (folder / "output.txt").write_text(output)
     return folder
 
 
@@ -159,6 +162,12 @@ def test_a_checkpoint_of_one_number_of_processes_goes_on_under_another(fits, fam
     """Killed at step 5 under the first, resumed from step 4 under the second."""
     assert not list((fits / f"{family}-{way}").glob(".checkpoints/*/*"))  # done
     same_training(fits, family, way)
+
+
+def test_every_killed_training_was_resumed_and_not_begun_anew(fits):
+    """Four by two ranks, each of which says so, and four by one process."""
+    resumed = re.findall(r"resuming from step (\d+)", (fits / "output.txt").read_text())
+    assert resumed == ["4"] * 12
 
 
 @pytest.mark.parametrize("shard", ["false", "true"])

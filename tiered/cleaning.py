@@ -9,8 +9,8 @@ A document's position is a salted hash of its id in [0, 1): splits are ranges of
 a domain is a function of its own raw text and the config, never of the order of files, of how text
 is spread over them (data.num_documents takes the first records of the files in order), of the
 number of processes, or of how often they were stopped. While a domain is merged, a byte per
-document is held, 8 per pair of near duplicates, and 16 per member of a crowd (more than CROWD
-documents that share a band).
+document is held, 8 per pair of near duplicates, and 16 for every time that a document stands in a
+crowd (more than CROWD documents that share a band).
 """
 
 import contextlib
@@ -476,7 +476,9 @@ class Documents:
         return numbers[shared], ~again[shared]
 
 
-def near_pairs(documents: Documents, numbers: np.ndarray, begins: np.ndarray, threshold: float):
+def near_pairs(
+    documents: Documents, numbers: np.ndarray, begins: np.ndarray, threshold: float
+) -> np.ndarray:
     """Pairs (P, 2) of numbers, the smaller one first, of documents in one group whose estimated
     Jaccard similarity is `threshold` or more; groups are those of Documents.sharing."""
     group, hashes, found = np.cumsum(begins), documents.min_hashes(numbers), []
