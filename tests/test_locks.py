@@ -59,6 +59,26 @@ def test_updates_of_four_processes_are_all_kept(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.json"]
 
 
+def test_a_folder_that_goes_while_it_is_made_is_made_again(tmp_path, monkeypatch):
+    """The last owner removes the folder between another one's mkdir and its look at what is there."""
+    faults, mkdir = [FileExistsError(), FileExistsError()], Path.mkdir
+    monkeypatch.setattr(
+        Path, "mkdir", lambda *a, **k: raised(faults.pop()) if faults else mkdir(*a, **k)
+    )
+    with locked(tmp_path / ".locks" / "x.lock", "mine"):
+        assert not faults and (tmp_path / ".locks" / "x.lock").is_file()
+
+
+def test_a_file_where_the_folder_should_be_is_an_error(tmp_path):
+    (tmp_path / ".locks").write_text("in the way")
+    with pytest.raises(FileExistsError), locked(tmp_path / ".locks" / "x.lock", "mine"):
+        pass
+
+
+def raised(error: Exception) -> None:
+    raise error
+
+
 def test_a_living_owner_is_waited_for_or_named(tmp_path):
     path = tmp_path / ".locks" / "stage.lock"
     process = start(HOLDING, path, 2)

@@ -122,11 +122,13 @@ def _take_over(
 
 
 def _create(path: Path, note: dict[str, str]) -> bool:
-    """Make the lock's file; False if there is one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Make the lock's file; False if there is one, or if its folder was removed meanwhile."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # also fails when it finds one that then goes
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except (FileExistsError, FileNotFoundError):  # its folder was removed in between
+    except (FileExistsError, FileNotFoundError):
+        if path.parent.is_file():
+            raise
         return False
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(json.dumps(note))
