@@ -22,13 +22,13 @@ from tiered.evaluation import (
     evaluation_key,
     finished,
     score_cache,
-    write_rows,
 )
 from tiered.inspection import write_experts
 from tiered.modeling_tiered import Level1Router
 from tiered.partition import PartitionMap, make_partition_map
 from tiered.record import device_of, start, timed
 from tiered.router import check_router, load_models, load_router, run_models, tiered_model
+from tiered.sealed import write_table
 from tiered.store import UserError, read_json, verify, write_json
 from tiered.training import seed_inputs
 
@@ -104,10 +104,10 @@ def main(config: Config) -> None:
                 result["mixtures"], mixed = evaluate_mixtures(
                     config, data, partitions, model, cache, progress, inside
                 )
-                write_rows(path.with_name("mixtures.parquet"), mixed)
+                write_table(path.with_name("mixtures.parquet"), mixed)
             result["models"], result["inputs"] = {str(k): h for k, h in hashes.items()}, inputs
             # 5. rows first, so that utility.json stands for a finished stage
-            write_rows(path.with_name("rows.parquet"), table)
+            write_table(path.with_name("rows.parquet"), table)
             write_json(path, result)
     # 6. what the experts of every model did
     if config.eval.expert_rows and config.model.type in HAVE_EXPERTS:

@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tiered.config import SHARED_TRUNK, Config, load  # noqa: E402
+from tiered.config import SHARED_TRUNK, Config, load_run  # noqa: E402
 from tiered.data import ProcessedData  # noqa: E402
 from tiered.partition import make_partition_map  # noqa: E402
 from tiered.router import (  # noqa: E402
@@ -128,8 +128,6 @@ def main() -> None:
     try:
         if given.out.exists():
             raise UserError(f"{given.out}: exists already; remove it or name another folder")
-        if not (given.run / "config.yaml").is_file():
-            raise UserError(f"{given.run}: no run here (config.yaml is missing)")
         export(given.run, given.out)
     except UserError as error:
         print(f"export_tiered.py: error: {error}", file=sys.stderr)
@@ -139,7 +137,7 @@ def main() -> None:
 
 def export(run: Path, out: Path) -> None:
     """Write the tiered model of a run, its tokenizer and its card."""
-    config = load(run / "config.yaml", (f"output_dir={run.parent}",))
+    config = load_run(run)
     data, partitions = ProcessedData(config), make_partition_map(config)
     router = load_router(run / "router", "python train_det_router.py CONFIG")
     check_router(config, data, partitions)

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tiered.config import Config, load  # noqa: E402
+from tiered.config import Config, load_run  # noqa: E402
 from tiered.data import ProcessedData  # noqa: E402
 from tiered.store import UserError, write_text  # noqa: E402
 
@@ -77,9 +77,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=10, help="tokens per snippet (default 10)")
     given = parser.parse_args()
     try:
-        if not (given.run / "config.yaml").is_file():
-            raise UserError(f"{given.run}: no run here (config.yaml is missing)")
-        config = load(given.run / "config.yaml", (f"output_dir={given.run.parent}",))
+        config = load_run(given.run)
         path = write_task(config, given.out, given.rows, given.tokens)
     except UserError as error:
         print(f"fewshot_task.py: error: {error}", file=sys.stderr)

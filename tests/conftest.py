@@ -4,9 +4,7 @@ import gzip
 import itertools
 import json
 import os
-import resource
 import subprocess
-import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+from tests.forks import STAGES as STAGES_SCRIPT
+from tests.forks import Forked, fork
 from tiered.domains import CODES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,38 +93,32 @@ def tiny_project(folder: Path, languages=("hi", "si", "de", "en"), documents: in
         (configs / f"{name}.yaml").write_text(f"base: base.yaml\nname: {name}\n{partition}\n")
 
 
-def start_stages(folder: Path, stages, *arguments, largest_file: int = 0) -> subprocess.Popen:
-    """Start scripts in a fresh process whose working folder is `folder`.
+def start_stages(
+    folder: Path, stages, *arguments, largest_file: int = 0, forked: bool = True
+) -> subprocess.Popen | Forked:
+    """Start scripts in a process of their own whose working folder is `folder`.
 
-    largest_file: bytes beyond which a write fails, as on a full disk (0: no limit).
+    largest_file: bytes beyond which a write fails, as on a full disk (0: no limit); forked: from a
+    process that has imported torch and the rest (False: started anew, with its own hash seed).
     """
-    command = [
-        sys.executable,
-        str(ROOT / "tests/stages.py"),
-        ",".join(stages),
-        *map(str, arguments),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    stages, arguments = list(stages), [str(a) for a in arguments]
+    if forked and (process := fork(folder, stages, arguments, largest_file=largest_file)):
+        return process
+    assert not largest_file
     return subprocess.Popen(
-        command,
+        [*STAGES_SCRIPT, ",".join(stages), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=folder,
         start_new_session=True,
-        preexec_fn=(lambda: limit_files(largest_file)) if largest_file else None,
     )
 
 
-def limit_files(size: int) -> None:
-    """Make writes beyond `size` bytes of a file fail (Python ignores the signal that comes)."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
-def run_stages(folder: Path, stages, *arguments) -> str:
+def run_stages(folder: Path, stages, *arguments, forked: bool = True) -> str:
     """Run scripts to their end; their output. Fails the test with it if they fail."""
-    process = start_stages(folder, stages, *arguments)
+    process = start_stages(folder, stages, *arguments, forked=forked)
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     return output

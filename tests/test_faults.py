@@ -27,7 +27,7 @@ def begun(folder: Path, stage: str, under_way: Callable[[], bool], *more: str) -
     process = start_stages(folder, (stage,), CONFIG, *WORK, *more)
     deadline = time.monotonic() + 240
     while not under_way():
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"{stage}: no sign of work"
         time.sleep(0.002)
     return process
@@ -44,7 +44,7 @@ def kill_when(folder: Path, stage: str, under_way: Callable[[], bool], *more: st
 def uninterrupted(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("calm")
     tiny_project(folder)
-    run_stages(folder, STAGES, CONFIG, *WORK)
+    run_stages(folder, STAGES, CONFIG, *WORK, forked=False)  # another hash seed than the others'
     return folder
 
 

@@ -60,7 +60,7 @@ def test_updates_of_four_processes_are_all_kept(tmp_path):
 
 
 def test_a_folder_that_goes_while_it_is_made_is_made_again(tmp_path, monkeypatch):
-    """The last owner removes the folder between another one's mkdir and its look at what is there."""
+    """The last owner removes it between another one's mkdir and its look at what is there."""
     faults, mkdir = [FileExistsError(), FileExistsError()], Path.mkdir
     monkeypatch.setattr(
         Path, "mkdir", lambda *a, **k: raised(faults.pop()) if faults else mkdir(*a, **k)

@@ -208,9 +208,11 @@ def domain_files(config: Config, domain: str) -> list[str]:
     commit), however often reading is begun again and on however many machines."""
     pinned = pinned_files(config, domain)
     if pinned.is_file():
-        return read_json(pinned)
+        return read_json(pinned)["files"]
     files = source_files(config.data, domain)
-    return write_json_once(pinned, files) if any("://" in f for f in files) else files
+    if any("://" in file for file in files):
+        return write_json_once(pinned, {"files": files})["files"]
+    return files
 
 
 def last_record(data: DataConfig) -> int:

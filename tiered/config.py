@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 
 from tiered import stopping
 from tiered.domains import CODES
-from tiered.store import UserError
+from tiered.store import UserError, read_sealed
 
 ROUTED_INSIDE = ("base", "phatgoose", "glider", "average_activation", "arrow")  # of LoRA experts
 MAX_BASE_LEVELS = 3
@@ -1129,6 +1129,15 @@ def load(path: Path | str, overrides: tuple[str, ...] = ()) -> Config:
         return check(build(Config, content))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def load_run(folder: Path) -> Config:
+    """The configuration that a run folder's last stage was called with."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder}: not a run folder (config.yaml is missing)")
+    read_sealed(path)
+    return load(path, (f"output_dir={folder.parent}", f"name={folder.name}"))
 
 
 def plain(value: Any) -> Any:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel
 
@@ -25,7 +24,8 @@ from tiered.modeling_tiered import TieredForCausalLM, assign
 from tiered.partition import PartitionMap
 from tiered.record import SCORING_CODE, training_environment
 from tiered.scoring import ScoreCache, TokenScores, score_prefixes, score_rows
-from tiered.store import code_hash, content_hash, digest, read_json, temporary_of
+from tiered.sealed import read_table
+from tiered.store import code_hash, content_hash, digest, read_json
 
 SCHEMA = 5
 MAX_UNK_SHARE = 0.01  # rows above it print `undefined`: [UNK] hides the text it replaces
@@ -172,19 +172,11 @@ def _extra(scores: RowScores, name: str) -> pa.Array:
     return pa.array(scores.extra[name].astype(np.float64))
 
 
-def write_rows(path: Path, table: pa.Table) -> None:
-    """Write a rows table as parquet, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_of(path)
-    pq.write_table(table, temporary)
-    temporary.replace(path)
-
-
 def read_rows(
     path: Path, rows: Mapping[tuple[str, str], Rows], scope: str
 ) -> dict[tuple[str, str], RowScores]:
     """Row scores of a stored table, of rows by (split, domain) as they were scored."""
-    table = pq.read_table(path)
+    table = read_table(path)
     splits, domains = (np.array(table[c].to_pylist()) for c in ("split", "domain"))
     numbers = [c for c in table.column_names if not pa.types.is_string(table[c].type)]
     columns = {c: table[c].to_numpy() for c in numbers}
@@ -481,13 +473,16 @@ def evaluation_key(
 
 
 def finished(path: Path, inputs: str) -> dict[str, Any] | None:
-    """A finished evaluation of equal inputs, or None."""
-    if not (path.is_file() and path.with_name("rows.parquet").is_file()):
+    """A finished evaluation of equal inputs, or None; UserError where a file of it is damaged."""
+    if not path.is_file():
         return None
     result = read_json(path)
-    if "mixtures" in result and not path.with_name("mixtures.parquet").is_file():
+    tables = ["rows.parquet", *(["mixtures.parquet"] if "mixtures" in result else [])]
+    if result.get("inputs") != inputs or not all(path.with_name(t).is_file() for t in tables):
         return None
-    return result if result.get("inputs") == inputs else None
+    for table in tables:
+        read_table(path.with_name(table))
+    return result
 
 
 def evaluate(

@@ -40,10 +40,16 @@ from tiered.record import (
     wait_for_ranks,
     world_size,
 )
-from tiered.store import TIMINGS, UserError, atomic_folder, is_complete, read_json, write_json
+from tiered.store import (
+    OBSERVED,
+    TIMINGS,
+    UserError,
+    atomic_folder,
+    is_complete,
+    read_json,
+    write_json,
+)
 from tiered.workers import in_worker
-
-OBSERVED = "observed.jsonl"  # beside a model whose training was watched
 
 
 class OrderedBlocks(torch.utils.data.Dataset):

@@ -124,7 +124,7 @@ def _take_over(
 def _create(path: Path, note: dict[str, str]) -> bool:
     """Make the lock's file; False if there is one, or if its folder was removed meanwhile."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)  # also fails when it finds one that then goes
+        path.parent.mkdir(parents=True, exist_ok=True)  # fails, too, if one it finds then goes
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except (FileExistsError, FileNotFoundError):
         if path.parent.is_file():

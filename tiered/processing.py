@@ -12,6 +12,7 @@ worker processes. Deleting a domain therefore leaves every other domain's folder
 import functools
 import hashlib
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
@@ -58,6 +59,7 @@ from tiered.store import (
     seed_of,
     verify,
     write_json,
+    write_text,
 )
 from tiered.tokenization import (
     TOKEN_FILTERS,
@@ -269,7 +271,8 @@ class SplitWriter:
                 "_format_type": None,
                 "_split": None,
             }
-            write_json(self.folder / "state.json", {**state, "_output_all_columns": False})
+            state["_output_all_columns"] = False
+            write_text(self.folder / "state.json", json.dumps(state, indent=1) + "\n")
         return {
             **{name: self.counts[name] for name in ("documents", "tokens")},
             "bytes": self.counts["token_bytes"],

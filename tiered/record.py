@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tiered.config import Config, as_yaml
 from tiered.locks import locked, update_json
-from tiered.store import TIMINGS, UserError, code_hash, write_text
+from tiered.store import TIMINGS, UserError, code_hash, write_sealed
 
 # What decides a trained model besides its config and data; what scores it.
 TRAINING_CODE = (
@@ -132,7 +132,7 @@ def start(config: Config, stage: str) -> None:
     if not is_main_process():
         return
     folder = config.run_dir
-    write_text(folder / "config.yaml", as_yaml(config))
+    write_sealed(folder / "config.yaml", as_yaml(config))
     entry = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git": _git_state(),

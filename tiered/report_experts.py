@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from tiered.runs import Run, cell
-from tiered.store import read_json
+from tiered.store import OBSERVED, read_json, verified
 
 LINES = ("-", "--", ":", "-.")
 DRAWN = 256  # experts of a layer, at most, of which the use by domain is drawn
@@ -28,10 +28,11 @@ def experts_of_run(run: Run) -> dict[str, dict[str, Any]]:
 
 def observed(run: Run, k: str) -> list[dict[str, Any]]:
     """What was noted while partition k's model was trained, in order of steps."""
-    path = run.folder / "models" / k / "observed.jsonl"
-    if not path.is_file():
+    folder = run.folder / "models" / k
+    if not (folder / OBSERVED).is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = verified(folder, OBSERVED).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 # ---------------------------------------------------------------- tables

@@ -9,11 +9,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from scipy.stats import gaussian_kde
 
 from tiered.metrics import NONE
 from tiered.runs import Run, cell, point, same_columns
+from tiered.sealed import read_table
 from tiered.statistics import chance_error
 from tiered.store import read_json
 
@@ -375,7 +376,7 @@ def _row_losses(run: Run, forget: str, operation: str) -> dict[str, dict[str, np
     """split -> loss (mean nats per token), occurrences of the forget domain's rows."""
     path = run.of_operation(forget, operation, "rows.parquet")
     columns = ["split", "loss_nats", "tokens", "occurrences"]
-    table = pq.read_table(path, columns=columns, filters=[("split", "in", ["forget", "holdout"])])
+    table = read_table(path, columns)
     values = {c: table[c].to_numpy(zero_copy_only=False) for c in columns}
     found = {}
     for split in ("forget", "holdout"):
@@ -616,11 +617,10 @@ def plot_rerouting(runs: list[Run], forget: str) -> plt.Figure | None:
             (("original", "before"), ("delete-S1", "after S1")),
             strict=True,
         ):
-            table = pq.read_table(
+            table = read_table(
                 run.of_operation(forget, operation, "rows.parquet"),
-                columns=["split", "domain", "last_partition"],
-                filters=[("split", "=", "test")],
-            )
+                ["split", "domain", "last_partition"],
+            ).filter(pc.field("split") == "test")
             names = np.array(table["domain"].to_pylist())
             reached = table["last_partition"].to_numpy()
             counts = np.array(

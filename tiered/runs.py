@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from tiered.store import UserError, read_json
+from tiered.store import UserError, read_json, read_sealed
 
 
 @dataclass
@@ -72,7 +72,7 @@ def load_run(folder: Path) -> Run:
         raise UserError(f"{folder}: not a run folder (config.yaml is missing)")
     if not (folder / "eval" / "utility.json").is_file():
         raise UserError(f"{folder}: no utility yet; run: python eval_det_router.py CONFIG")
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load(read_sealed(folder / "config.yaml"))
     metrics, apart = folder / "metrics.json", folder / "unlearn" / "compartments.json"
     found = read_json(metrics) if metrics.is_file() else {}
     wanted = config["unlearn"]["compartments"] and apart.is_file()

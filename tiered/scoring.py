@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from tiered.modeling_tiered import PrefixGroup, TieredForCausalLM, needed_positions, prefix_groups
-from tiered.store import code_hash, digest, remove_abandoned, temporary_of
+from tiered.sealed import read_tensors, write_tensors
+from tiered.store import code_hash, digest, remove_abandoned
 
 GROUP_BATCHES = 64  # batches that are cached together
 # Logits that are alive at once where the head is a plain projection: what a CPU's cache holds,
@@ -71,14 +71,11 @@ class ScoreCache:
         """A stored group, or None where it must be scored."""
         if not path.is_file() or (self.renew and path not in self.renewed):
             return None
-        return load_file(path)
+        return read_tensors(path)
 
     def write(self, path: Path, found: dict[str, torch.Tensor]) -> None:
         """Store a group, atomically."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_of(path)
-        save_file({name: values.contiguous() for name, values in found.items()}, temporary)
-        temporary.replace(path)
+        write_tensors(path, found)
         self.renewed.add(path)
 
     def path(self, k: int, prefixes: torch.Tensor, batch_rows: int, z: bool) -> Path:

@@ -25,6 +25,8 @@ HASHES = "hashes.json"
 TOKENIZER_RECORD = "tokenizer_record.json"  # beside a tokenizer: which domains trained it
 TIMINGS = "timings.json"
 UNHASHED = (HASHES, TIMINGS)
+OBSERVED = "observed.jsonl"  # beside a model whose training was watched
+SEAL = "sha256"  # last entry of a JSON mapping of ours: the hash of all others
 ABANDONED = 86_400.0  # seconds without a write after which another machine's writer counts as dead
 
 
@@ -86,13 +88,24 @@ def file_hash(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value of a file; a missing or damaged file is a UserError that names it."""
+    """The JSON value of a file, without its seal; a missing or damaged file is a UserError that
+    names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: file is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+    if isinstance(value, dict) and SEAL in value and value.pop(SEAL) != digest(value, 64):
+        raise damaged(path)
+    return value
+
+
+def damaged(path: Path) -> UserError:
+    """What is said of a file that is not as it was written."""
+    return UserError(
+        f"{path}: changed since it was written; remove it and run the stage that makes it again"
+    )
 
 
 def _sync_folder(path: Path) -> None:
@@ -125,8 +138,37 @@ def write_text(path: Path, text: str) -> None:
     _sync_folder(path.parent)
 
 
+def write_sealed(path: Path, text: str) -> None:
+    """Write text whose format has `#` comments, atomically, with its hash as a last comment."""
+    write_text(path, f"{text}# {SEAL} of the above: {_text_hash(text)}\n")
+
+
+def read_sealed(path: Path) -> str:
+    """What `write_sealed` wrote; UserError where it is no longer that."""
+    try:
+        text, _, seal = path.read_text(encoding="utf-8").rpartition("# ")
+    except FileNotFoundError:
+        raise UserError(f"{path}: file is missing") from None
+    except UnicodeDecodeError:
+        raise damaged(path) from None
+    if seal != f"{SEAL} of the above: {_text_hash(text)}\n":
+        raise damaged(path)
+    return text
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as readable JSON, atomically; NaN is refused (write None or a word)."""
+    """Write a value as readable JSON, atomically; NaN is refused (write None or a word).
+
+    A mapping is sealed: its last entry is the hash of the others, by which `read_json` sees that
+    a bit has changed.
+    """
+    if isinstance(value, dict):
+        plain = json.loads(json.dumps(value, allow_nan=False))  # keys as they will be read
+        value = {**value, SEAL: digest(plain, 64)}
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 
@@ -273,6 +315,14 @@ def verify(folder: Path) -> str:
                 f"{folder / name}: {state}; remove the folder and run the stage that makes it again"
             )
     return digest(expected)
+
+
+def verified(folder: Path, name: str) -> Path:
+    """The path of one file of a published folder, after comparing it with the hash list."""
+    path = Path(folder) / name
+    if read_json(Path(folder) / HASHES).get(name) != (file_hash(path) if path.is_file() else None):
+        raise damaged(path)
+    return path
 
 
 def content_hash(folder: Path) -> str:

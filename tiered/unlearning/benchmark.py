@@ -12,7 +12,7 @@ from tiered import shared_trunk
 from tiered.branching import has_own_seed, outside_folder, seed_domains
 from tiered.config import Config, plain
 from tiered.data import ProcessedData, listed_documents
-from tiered.evaluation import read_rows, rows_table, write_rows
+from tiered.evaluation import read_rows, rows_table
 from tiered.metrics import UNDEFINED
 from tiered.partition import make_partition_map
 from tiered.record import SCORING_CODE, peak_memory_bytes, training_environment
@@ -23,6 +23,7 @@ from tiered.router import (
     router_content,
     run_models,
 )
+from tiered.sealed import write_table
 from tiered.store import (
     TIMINGS,
     UserError,
@@ -280,7 +281,7 @@ class Bench:
         same = next((n for n in self.measured if self.keys[n] == key), None)
         measured = self.measured[same] if same else self._scored(outcome, folder / "system")
         inputs.unlink(missing_ok=True)
-        write_rows(folder / "rows.parquet", rows_table(measured.scores.values()))
+        write_table(folder / "rows.parquet", rows_table(measured.scores.values()))
         losses = (measured.router_members, measured.router_holdout)
         value = {n: None if v is None else v.tolist() for n, v in zip(_LOSSES, losses, strict=True)}
         write_json(folder / "router_losses.json", value)
@@ -383,7 +384,7 @@ class Bench:
             self.returned[key] = self._returning(name, rows)
         rounded, curve = self.returned[key]
         for rounding, file in files.items():
-            write_rows(file, rows_table(rounded[rounding].values()))
+            write_table(file, rows_table(rounded[rounding].values()))
         write_json(path, {"key": key, "relearn": curve})
         return rounded, curve
 

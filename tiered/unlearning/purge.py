@@ -16,14 +16,14 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from tiered.config import HAVE_EXPERTS
 from tiered.experts import expert_scores, experts_of
 from tiered.metrics import NOT_APPLICABLE
 from tiered.record import training_environment
 from tiered.router import load_models
-from tiered.store import code_hash, content_hash, digest, seed_of, temporary_of
+from tiered.sealed import read_tensors, write_tensors
+from tiered.store import code_hash, content_hash, digest, seed_of
 from tiered.unlearning.systems import Context, Forget, NotApplicable, Outcome, edited
 
 PURGE_CODE = ("tiered/unlearning/purge.py",)
@@ -112,15 +112,12 @@ def calibration_scores(context: Context, forget: Forget, k: int) -> Scores:
     )
     path = context.config.store_dir / "expert_scores" / f"{key}.safetensors"
     if path.is_file() and not context.config.overwrite:
-        return load_file(path)
+        return read_tensors(path)
     model = load_models({k: context.models[k]})[k]
     scores = expert_scores(
         model, context.data, batch_rows=context.config.eval.batch_rows, domains=domains
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_of(path)
-    save_file(scores, temporary)
-    temporary.replace(path)
+    write_tensors(path, scores)
     return scores
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tiered.config import Config, load
+from tiered.config import Config, load_run
 from tiered.data import ProcessedData, processed_key, unigram_log_probs
 from tiered.evaluation import first_position
 from tiered.partition import make_partition_map
@@ -36,7 +36,7 @@ def open_single(config: Config) -> tuple[Config, ProcessedData, dict[str, Path]]
     folder, where = Path(config.unlearn.single_run), "unlearn.single_run"
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{where}: {folder} is no run folder; run the stages of its config first")
-    single = load(folder / "config.yaml", (f"output_dir={folder.parent}", f"name={folder.name}"))
+    single = load_run(folder)
     if processed_key(single) != processed_key(config):
         raise UserError(f"{where}: {folder} was trained on other data or another tokenizer")
     data, partitions = ProcessedData(single), make_partition_map(single)
