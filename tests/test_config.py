@@ -116,7 +116,7 @@ def test_tokens_per_domain_is_a_number_or_a_map(tmp_path):
         ("data.exclude_domains=xx", r"data.exclude_domains: 'xx' is not in data.domains"),
         ("unlearn.forget=xx", r"unlearn.forget: 'xx' is not in data.domains"),
         ("model.max_position_embeddings=64", r"data.block_size: 128 is beyond model.max_position"),
-        ("name=../up", r"name: '../up' must be a plain folder name"),
+        ("name=../up", r"name: '../up' must be a plain name"),
         ("name=", r"name: an experiment needs a name"),
         ("data.domains=hi,hi", r"data.domains: names must be given, each once"),
         ("data.split_shares={train: 100}", r"data.split_shares: needs exactly the splits"),

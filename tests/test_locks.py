@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import ROOT
 from tiered import locks
 from tiered.locks import locked
-from tiered.store import UserError
+from tiered.store import UserError, read_json
 
 HERE = platform.node()
 COUNTING = """
@@ -55,7 +55,7 @@ def test_updates_of_four_processes_are_all_kept(tmp_path):
     path = tmp_path / "notes.json"
     processes = [start(COUNTING, path) for _ in range(4)]
     assert [p.wait(timeout=120) for p in processes] == [0] * 4
-    assert json.loads(path.read_text()) == {"count": 100}
+    assert read_json(path) == {"count": 100}
     assert [p.name for p in tmp_path.iterdir()] == ["notes.json"]
 
 

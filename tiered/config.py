@@ -936,19 +936,26 @@ def _cast_first(value: str, kinds: list[type], key: str) -> Any:
     return value
 
 
+def plain_name(key: str, name: str, taken: tuple[str, ...] = ()) -> str:
+    """A name that a folder gets; UserError unless every shell takes it as one, in its place."""
+    if not re.fullmatch(r"[\w+][\w.+-]*", name) or len(name.encode()) > 100:
+        raise UserError(
+            f"{key}: {name!r} must be a plain name of at most 100 letters, digits and . _ + -"
+        )
+    if name in taken:
+        raise UserError(f"{key}: {name!r} is the name of something else in that folder")
+    return name
+
+
 def check(config: Config) -> Config:
     """Raise UserError where fields contradict one another; return the config."""
     data = config.data
     if not config.name:
         raise UserError("name: an experiment needs a name (its run folder)")
-    if config.name != Path(config.name).name or config.name.startswith("."):
-        raise UserError(f"name: {config.name!r} must be a plain folder name")
+    plain_name("name", config.name, ("report",))  # of several runs, beside them
     named = (*config.all_domains, *data.novel_domains)
-    for code in named:
-        if not re.fullmatch(r"[\w+-][\w.+-]*", code):  # it names folders, columns, axes
-            raise UserError(
-                f"data.domains: {code!r} must be a plain name, of letters, digits and . _ + -"
-            )
+    for code in named:  # it names folders, columns, axes
+        plain_name("data.domains", code, ("tokenizer", "manifest.json"))
     if len(set(named)) != len(named) or not data.domains:
         raise UserError(f"data.domains: names must be given, each once, found {list(named)}")
     if data.added_domains and config.partition.method in ("random", "cluster"):

@@ -137,6 +137,8 @@ def fetched(url: str, folder: Path) -> Iterator[Path]:
     own = temporary_of(folder / digest(url))
     remove_abandoned(folder)
     repo, revision, path = name["repo"], name["revision"], name["path"]
+    if ".." in Path(path).parts or Path(path).is_absolute():  # the client would write there
+        raise UserError(f"{url}: leads out of the folder of downloads")
 
     def download() -> Path:
         with time_limit(FILE_SECONDS):

@@ -14,7 +14,7 @@ import torch
 
 from tiered.modeling_tiered import PrefixGroup, TieredForCausalLM, needed_positions, prefix_groups
 from tiered.sealed import read_tensors, write_tensors
-from tiered.store import code_hash, digest, remove_abandoned
+from tiered.store import code_hash, digest
 
 GROUP_BATCHES = 64  # batches that are cached together
 # Logits that are alive at once where the head is a plain projection: what a CPU's cache holds,
@@ -64,8 +64,6 @@ class ScoreCache:
         self.computed_by = [environment, code_hash("tiered/scoring.py")]
         self.renew = renew
         self.renewed: set[Path] = set()
-        for name in model_hashes.values():
-            remove_abandoned(folder / name)
 
     def read(self, path: Path) -> dict[str, torch.Tensor] | None:
         """A stored group, or None where it must be scored."""

@@ -5,29 +5,31 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
-from tiered.store import SEAL, UserError, damaged, temporary_of
+from tiered.store import SEAL, UserError, atomic_file, damaged
+
+if TYPE_CHECKING:  # the report reads tables, and torch costs seconds
+    import torch
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"]) -> None:
     """Write tensors, sealed, as a safetensors file, atomically."""
+    from safetensors.torch import save_file
+
     held = {name: value.contiguous() for name, value in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_of(path)
     # one entry: the order of several is the library's hash map's, another in every process
-    save_file(held, temporary, metadata={SEAL: _hash(_of_tensors(held))})
-    temporary.replace(path)
+    seal = {SEAL: _hash(_of_tensors(held))}
+    with atomic_file(path) as temporary:
+        save_file(held, temporary, metadata=seal)
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path) -> dict[str, "torch.Tensor"]:
     """Tensors that `write_tensors` wrote; UserError where they are no longer those."""
     try:
         with safe_open(path, "pt") as file:
@@ -35,7 +37,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     except FileNotFoundError:
         raise UserError(f"{path}: file is missing") from None
-    except (SafetensorError, RuntimeError, ValueError, OSError):
+    except Exception:  # one changed bit can make anything of a file
         raise damaged(path) from None
     if seal != _hash(_of_tensors(found)):
         raise damaged(path)
@@ -44,10 +46,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a table, sealed, as a parquet file, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_of(path)
-    pq.write_table(table.replace_schema_metadata({SEAL: _hash(_of_table(table))}), temporary)
-    temporary.replace(path)
+    sealed = table.replace_schema_metadata({SEAL: _hash(_of_table(table))})
+    with atomic_file(path) as temporary:
+        pq.write_table(sealed, temporary)
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -59,7 +60,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         same = seal == _hash(_of_table(table))
     except FileNotFoundError:
         raise UserError(f"{path}: file is missing") from None
-    except (pa.ArrowException, ValueError, OSError):
+    except Exception:  # one changed bit can make anything of a file
         raise damaged(path) from None
     if not same:
         raise damaged(path)
@@ -73,11 +74,13 @@ def _hash(parts: Iterator[Any]) -> str:
     return value.hexdigest()
 
 
-def _of_tensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[Any]:
+def _of_tensors(tensors: Mapping[str, "torch.Tensor"]) -> Iterator[Any]:
+    from torch import uint8
+
     for name in sorted(tensors):
         value = tensors[name]
         yield [name, str(value.dtype), list(value.shape)]
-        yield value.reshape(-1).view(torch.uint8).numpy().tobytes()
+        yield value.reshape(-1).view(uint8).numpy().tobytes()
 
 
 def _of_table(table: pa.Table) -> Iterator[Any]:

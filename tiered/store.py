@@ -122,20 +122,43 @@ def temporary_of(path: Path, kind: str = "tmp") -> Path:
     return path.with_name(f".{path.name}.{kind}{os.getpid()}@{platform.node()}")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: the old content stands until the new one is complete on disk."""
+@contextlib.contextmanager
+def atomic_file(path: Path, once: bool = False) -> Iterator[Path]:
+    """Yield a temporary name that becomes `path`, flushed, if the body succeeds: the old content
+    stands until the new one is complete on disk. What a killed writer of the file left is removed.
+
+    once: a file that another process has made meanwhile stands.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path.parent, path.name)
     temporary = temporary_of(path)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if not (once and _linked(temporary, path)):
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def _linked(source: Path, path: Path) -> bool:
+    """Whether `path` is there now, by this link or before it; not on file systems without links."""
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_sealed(path: Path, text: str) -> None:
@@ -166,26 +189,21 @@ def write_json(path: Path, value: Any) -> None:
     A mapping is sealed: its last entry is the hash of the others, by which `read_json` sees that
     a bit has changed.
     """
+    write_text(path, _json_text(value))
+
+
+def _json_text(value: Any) -> str:
     if isinstance(value, dict):
         plain = json.loads(json.dumps(value, allow_nan=False))  # keys as they will be read
         value = {**value, SEAL: digest(plain, 64)}
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_json_once(path: Path, value: Any) -> Any:
     """Write a value unless the file is there; what the file holds then, for all who call this."""
     if not path.is_file():
-        temporary = temporary_of(path, "once")
-        write_json(temporary, value)
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            temporary.unlink()
-        except OSError:  # a file system without links
-            os.replace(temporary, path)
-        else:
-            temporary.unlink()
+        with atomic_file(path, once=True) as temporary:
+            temporary.write_text(_json_text(value), encoding="utf-8")
     return read_json(path)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from tiered import shared_trunk
 from tiered.branching import has_own_seed, outside_folder, seed_domains
-from tiered.config import Config, plain
+from tiered.config import Config, plain, plain_name
 from tiered.data import ProcessedData, listed_documents
 from tiered.evaluation import read_rows, rows_table
 from tiered.metrics import UNDEFINED
@@ -104,7 +104,8 @@ def forget_set(config: Config, data: ProcessedData, name: str) -> Forget:
             f"{where}: {unknown[0]!r} is no train document of {domain} ({len(unknown)} of"
             f" {len(names)} are not; documents of other splits reach more than partition models)"
         )
-    return Forget(Path(name).stem, domain, names, name)
+    stem = plain_name("unlearn.forget", Path(name).stem, ("alone.json", "compartments.json"))
+    return Forget(stem, domain, names, name)
 
 
 def open_run(config: Config) -> Context:
