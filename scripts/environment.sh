@@ -1,15 +1,17 @@
 # Sourced by the other scripts: makes .venv with the pinned requirements if it is missing; sets ROOT
-# and PYTHON. Configs, data and runs are looked up where the caller stands.
+# and PYTHON. REQUIREMENTS=requirements.lock takes the exact versions that were tested, instead of the
+# newest that requirements.txt allows. Configs, data and runs are looked up where the caller stands.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$ROOT/.venv}
 complete="$VENV/.complete"
-if [ ! -f "$complete" ] || [ "$ROOT/requirements.txt" -nt "$complete" ] ||
+REQUIREMENTS=$ROOT/${REQUIREMENTS:-requirements.txt}
+if [ ! -f "$complete" ] || [ "$REQUIREMENTS" -nt "$complete" ] ||
   [ "$ROOT/scripts/environment.sh" -nt "$complete" ]; then
   echo "making $VENV (a few minutes, about 2 GB)" >&2
   "${PYTHON:-python3}" -m venv "$VENV"
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
-    -r "$ROOT/requirements.txt" 'pytest>=9,<10' 'pytest-xdist>=3.8,<4' 'ruff>=0.17,<0.18'
+    -r "$REQUIREMENTS" 'pytest>=9,<10' 'pytest-xdist>=3.8,<4' 'ruff>=0.17,<0.18'
   touch "$complete"
 fi
 PYTHON=$(realpath -s "$VENV/bin/python")

@@ -13,6 +13,7 @@ import runpy
 import select
 import signal
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +81,7 @@ def serve() -> tuple[list[str], list[str]]:
 def become(request: dict) -> tuple[list[str], list[str]]:
     """Give a forked process what a started one has (session, working folder, output), and the
     faults that are asked for: `largest_file` (bytes), `kill_at` (before which operation on files),
-    `count_to` (a file that gets the number of operations)."""
+    `count_to` (a file that gets the number of operations), `clock_off` (seconds)."""
     os.setsid()
     os.chdir(request["folder"])
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -89,6 +90,9 @@ def become(request: dict) -> tuple[list[str], list[str]]:
         os.dup2(source, target)
     if largest := request.get("largest_file"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    if off := request.get("clock_off"):
+        clock = time.time
+        time.time = lambda: clock() + off
     if "kill_at" in request or "count_to" in request:
         watch(request.get("kill_at"), request.get("count_to"))
     return request["stages"], request["arguments"]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tiered import report_unlearning
 from tiered.config import Config
 from tiered.report import build
 from tiered.runs import load_run, point
-from tiered.store import UserError
+from tiered.store import UserError, read_json, write_json
 
 OPERATIONS = Config().unlearn.operations
 
@@ -116,6 +117,35 @@ def test_means_leave_words_out():
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(UserError, match="not a run folder"):
         load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("models/1", "runs/n2/models/1: not the model that eval/utility.json is of"),
+        ("models/1/hashes.json", "runs/n2/models/1: not the model that eval/utility.json is of"),
+        ("models/1/record.json", "models/1/record.json: file is missing"),
+        ("eval/utility.json", "no utility yet"),
+        ("unlearn/hi/gold/rows.parquet", "unlearn/hi/gold/rows.parquet: file is missing"),
+        ("unlearn/hi/gold/timings.json", "unlearn/hi/gold/timings.json: file is missing"),
+    ],
+)
+def test_a_report_of_a_part_of_a_run_says_what_is_missing(lost, message, tiny, tmp_path):
+    shutil.copytree(tiny / "runs/n2", tmp_path / "runs/n2")
+    path = tmp_path / "runs/n2" / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(UserError, match=re.escape(message)):
+        build([tmp_path / "runs/n2"], tmp_path / "report")
+
+
+def test_results_of_other_models_are_not_reported_together(tiny, tmp_path):
+    shutil.copytree(tiny / "runs/n2", tmp_path / "n2")
+    path = tmp_path / "n2/metrics.json"
+    metrics = read_json(path)
+    metrics["utility"]["models"]["1"] = "0" * 16
+    write_json(path, metrics)
+    with pytest.raises(UserError, match=r"metrics\.json: of other models than eval/utility\.json"):
+        load_run(tmp_path / "n2")
 
 
 def test_tables_of_the_results_page_are_the_stored_numbers(rich):

@@ -1,6 +1,7 @@
 """What a config, a folder or a hub from elsewhere cannot do: write outside, run code, take keys."""
 
 import ast
+import importlib.metadata
 import json
 import shutil
 import zipfile
@@ -9,6 +10,9 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import ROOT, run_stages
@@ -151,6 +155,29 @@ def test_nothing_that_is_stored_is_a_pickle(tiny):
         *(".json", ".jsonl", ".safetensors", ".arrow", ".parquet", ".yaml", ".py", ".html"),
         *(".csv", ".md", ".svg", ".png", ".lock", ".txt"),
     }, found
+
+
+def test_the_lock_file_is_within_the_ranges_and_complete():
+    """Every range is met, and so is what those packages need here, and theirs."""
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    locked = {
+        canonicalize_name(name): Version(version)
+        for name, version in (line.split("==") for line in lines if not line.startswith("#"))
+    }
+    wanted = [Requirement(line) for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    seen = set()
+    while wanted:
+        requirement = wanted.pop()
+        name = canonicalize_name(requirement.name)
+        assert name in locked, requirement
+        assert requirement.specifier.contains(locked[name], prereleases=True), requirement
+        if name not in seen:
+            seen.add(name)
+            wanted += [
+                r
+                for r in map(Requirement, importlib.metadata.requires(name) or [])
+                if not r.marker or r.marker.evaluate({"extra": ""})
+            ]
 
 
 def test_keys_of_the_environment_are_written_nowhere(tiny, tmp_path, monkeypatch):

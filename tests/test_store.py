@@ -49,14 +49,18 @@ def test_a_killed_writer_is_cleaned_up_and_a_living_one_is_kept(tmp_path):
     assert not dead.exists() and alive.exists()
 
 
-def test_another_machines_writer_is_kept_for_a_day(tmp_path):
-    """Process ids say nothing there: this one is that of no process here."""
+@pytest.mark.parametrize("days_off", [0, 3, -3])
+def test_another_machines_writer_is_kept_for_a_day(days_off, tmp_path, monkeypatch):
+    """Process ids say nothing there: this one is that of no process here. Nor does this machine's
+    clock."""
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + days_off * 86_400)
     young, old = (tmp_path / f".x.tmp4194305@{name}" for name in ("a", "b"))
     for path in (young, old):
         path.mkdir()
         (path / "file").write_text("half")
     for path in (old, old / "file"):
-        os.utime(path, (time.time() - store.ABANDONED - 9,) * 2)
+        os.utime(path, (clock() - store.ABANDONED - 9,) * 2)
     make(tmp_path / "x")
     assert young.exists() and not old.exists()
     (tmp_path / f".y.json.tmp4194305@{platform.node()}").write_text("half a file")

@@ -230,8 +230,10 @@ def read_shard(config: Config, domain: str, path: str) -> tuple[int, str]:
     in chunks (write_chunk).
     """
     folder, data = shard_folder(config, domain, path), config.data
-    if is_complete(folder) and not read_json(folder / "shard.json")["damage"]:
-        return len(np.load(folder / "verdicts.npy", mmap_mode="r")), ""
+    if is_complete(folder):
+        record = read_json(folder / "shard.json")
+        if not record["damage"]:
+            return record["records"], ""
     verdicts, broken, chunks, damage = bytearray(), [], 0, ""
     waiting: list[tuple[str, int]] = []
     size = 0
@@ -263,7 +265,8 @@ def read_shard(config: Config, domain: str, path: str) -> tuple[int, str]:
             write_chunk(waiting, data, temporary / f"{chunks:05d}")
             chunks += 1
         np.save(temporary / "verdicts.npy", np.frombuffer(bytes(verdicts), np.uint8))
-        record = {"file": path, "chunks": chunks, "broken": broken, "damage": damage}
+        record = {"file": path, "records": len(verdicts), "chunks": chunks}
+        record |= {"broken": broken, "damage": damage}
         write_json(temporary / "shard.json", record)
     return len(verdicts), damage
 
@@ -382,6 +385,7 @@ def gather(config: Config, domain: str, files: list[str]) -> Gathered:
             break
         total, damage = read_shard(config, domain, path)
         folder = shard_folder(config, domain, path)
+        verify(folder)
         low = min(total, max(0, data.first_document - seen))
         high = min(total, last_record(data) - seen) if last_record(data) else total
         verdicts = np.bincount(np.load(folder / "verdicts.npy")[low:high], minlength=4).tolist()

@@ -59,7 +59,7 @@ def size_table(runs: list[Run]) -> list[dict[str, str]]:
     """T1: parameters, tokens and steps of every run, summed over partition models."""
     rows = []
     for run in runs:
-        paths = sorted((run.folder / "models").glob("*/record.json"))
+        paths = [run.folder / "models" / k / "record.json" for k in run.utility["models"]]
         records = [read_json(path) for path in paths]
         counts = [record["parameters"] for record in records]
         steps = sorted({record["optimizer_steps"] for record in records})

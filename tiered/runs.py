@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from tiered.store import UserError, read_json, read_sealed
+from tiered.store import UserError, content_hash, is_complete, read_json, read_sealed
 
 
 @dataclass
@@ -73,13 +73,26 @@ def load_run(folder: Path) -> Run:
     if not (folder / "eval" / "utility.json").is_file():
         raise UserError(f"{folder}: no utility yet; run: python eval_det_router.py CONFIG")
     config = yaml.safe_load(read_sealed(folder / "config.yaml"))
+    utility = read_json(folder / "eval" / "utility.json")
+    for k, known in utility["models"].items():
+        model = folder / "models" / k
+        if not is_complete(model) or content_hash(model) != known:
+            raise UserError(
+                f"{model}: not the model that eval/utility.json is of (a part of a run folder?);"
+                " run: python eval_det_router.py CONFIG"
+            )
     metrics, apart = folder / "metrics.json", folder / "unlearn" / "compartments.json"
     found = read_json(metrics) if metrics.is_file() else {}
+    if found.get("utility") and found["utility"]["models"] != utility["models"]:
+        raise UserError(
+            f"{metrics}: of other models than eval/utility.json; run: python unlearn_benchmarks.py"
+            " CONFIG"
+        )
     wanted = config["unlearn"]["compartments"] and apart.is_file()
     return Run(
         folder,
         config,
-        read_json(folder / "eval" / "utility.json"),
+        utility,
         found.get("unlearning", {}),
         found.get("checks", []),
         read_json(apart) if wanted else {},

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -289,9 +290,12 @@ def remove_abandoned(folder: Path, name: str = "*") -> None:
 
 
 def _age(folder: Path) -> float:
-    """Seconds since something in a folder was last written."""
+    """Seconds since something in a folder was last written, by the clock of its file system (that
+    of this machine may be days off)."""
     try:
-        return time.time() - max(p.stat().st_mtime for p in (folder, *folder.rglob("*")))
+        with tempfile.TemporaryFile(dir=folder.parent) as file:
+            now = os.fstat(file.fileno()).st_mtime
+        return now - max(p.stat().st_mtime for p in (folder, *folder.rglob("*")))
     except FileNotFoundError:  # it is being written, or removed
         return 0.0
 

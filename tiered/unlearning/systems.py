@@ -214,6 +214,8 @@ def write_system(folder: Path, outcome: Outcome, description: dict[str, Any]) ->
     value, begin = {**description, **outcome.identity()}, time.perf_counter()
     if _stands(folder, value):
         return read_json(folder / TIMINGS)["seconds"]
+    for source in (outcome.router, *outcome.models.values()):
+        verify(source)  # the system's own hash list is of what it gets
     with atomic_folder(folder) as path:
         link_tree(outcome.router, path / "router")
         for k, source in sorted(outcome.models.items()):
