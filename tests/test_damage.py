@@ -203,7 +203,7 @@ def test_damage_is_noticed(tiny, tmp_path):
 
 
 def test_damaged_shards_are_not_merged(tmp_path):
-    """What one machine has read and another merges: every kind of file of a shard, harmed in turn."""
+    """What one machine has read and another merges: each kind of file of a shard, harmed."""
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     tiny_project(source, languages=("hi", "de"))

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -257,6 +258,36 @@ def test_some_documents_are_removed_by_retraining_what_held_them(tiny, tmp_path)
     assert kept and not kept & {r["document_id"] for r in rows}
     assert "is no train document" in failing(folder, "hi/unknown\n", wanted)
     assert "one domain per file" in failing(folder, "hi/a\nde/b\n", wanted)
+
+
+def test_other_domains_are_processed_while_a_model_trains(tmp_path):
+    """The same folder of processed data grows under a training, and shrinks by an overwriting of
+    what it does not read: the model is the one of a calm training."""
+    few = ("configs/n1.yaml", "data.domains=[hi,de]", "tokenizer.train_domains=[hi,de]")
+    more = ("configs/n1.yaml", "tokenizer.train_domains=[hi,de]")
+    models = []
+    for disturbed in (False, True):
+        folder = tmp_path / str(disturbed)
+        folder.mkdir()
+        tiny_project(folder)
+        run_stages(folder, ("process_dset", "train_det_router"), *few)
+        before = tree_hashes(folder / "processed")
+        training = start_stages(folder, ("run_clm",), *few, "training.num_train_epochs=4")
+        checkpoints = (folder / "runs/.store/models/.checkpoints").glob
+        while disturbed and not list(checkpoints("*/*/hashes.json")):
+            assert training.poll() is None, training.communicate()
+            time.sleep(0.01)
+        if disturbed:
+            run_stages(folder, ("process_dset",), *more)
+            assert training.poll() is None, "the training ended too soon"
+            grown = tree_hashes(folder / "processed")
+            manifests = {n for n in before if n.count("/") == 1 and n.endswith("manifest.json")}
+            assert {n for n in before if grown[n] != before[n]} == manifests
+            assert len(grown) > 1.5 * len(before)
+        output, _ = training.communicate(timeout=300)
+        assert training.returncode == 0, output
+        models.append(tree_hashes(folder / "runs/n1/models"))
+    assert models[0] == models[1]
 
 
 def blocks_of(folder: Path, run: str, domain: str) -> int:

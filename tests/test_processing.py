@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from collections import Counter
@@ -27,7 +28,7 @@ import process_dset
 from tiered import cleaning, processing, tokenization
 from tiered.config import SPLITS, Config, DataConfig, TokenizerConfig, check
 from tiered.data import processed_folder, processed_key
-from tiered.store import UserError, tree_hashes
+from tiered.store import UserError, read_json, tree_hashes
 
 ALPHABETS = {
     "en": [chr(c) for c in range(97, 123)],
@@ -419,6 +420,69 @@ def test_tasks_that_share_the_files_change_no_byte(corpus, tmp_path, records, ca
 
 
 # --- splits, budget, repeats ---
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_files_are_read_as_they_arrive(workers, corpus, tmp_path, capsys):
+    """In pieces, renamed when whole, a domain later than the other: the result is that of all files
+    at once. What paused in the middle is read again."""
+    lines = (corpus / "en" / "part-0.jsonl").read_bytes().splitlines(keepends=True)
+    packed = gzip.compress(b"".join(lines[60:]))
+    pieces = {
+        "en/0.jsonl": [b"".join(lines[:30])[:-40], b"".join(lines[:30])[-40:]],
+        "en/1.jsonl": [b"".join(lines[30:60])],
+        "hi/2.jsonl": [(corpus / "hi" / "part-0.jsonl").read_bytes()],
+        "en/3.json.gz": [packed[:500], packed[500:]],
+    }
+    whole = make_config(tmp_path / "whole", tmp_path / "out")
+    for name, content in pieces.items():
+        (tmp_path / "whole" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "whole" / name).write_bytes(b"".join(content))
+
+    def shards() -> list[Path]:
+        return list((tmp_path / "late").rglob("shard.json"))
+
+    def arrive() -> None:
+        """Each piece when the one before has been read."""
+        for name, content in pieces.items():
+            path = tmp_path / "raw" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            growing = path if len(content) > 1 else path.with_name(f".{path.name}.part")
+            for piece in content:
+                known, deadline = len(shards()), time.monotonic() + 60
+                with growing.open("ab") as file:
+                    file.write(piece)
+                growing.rename(path)
+                while len(shards()) == known and time.monotonic() < deadline:
+                    time.sleep(0.01)
+
+    writer = threading.Thread(target=arrive)
+    config = make_config(tmp_path / "raw", tmp_path / "late", num_proc=workers)
+    writer.start()
+    process_dset.main(change(config, task="read", arriving=1.0))
+    assert not writer.is_alive()
+    writer.join()
+    kept = {p.parent.name: read_json(p) for p in shards()}
+    ends = Counter(Path(shard["file"]).name for shard in kept.values())
+    assert ends == {"0.jsonl": 2, "1.jsonl": 1, "2.jsonl": 1, "3.json.gz": 2}
+    assert [s["damage"] != "" for s in kept.values()].count(True) == 1  # half of the packed file
+    before = {p: p.stat().st_mtime_ns for p in shards()}
+    process_dset.main(change(config, task="read"))
+    assert before == {p: p.stat().st_mtime_ns for p in shards()}
+    assert run(config)["domains"].keys() == run(whole)["domains"].keys()
+    for domain in BOTH:
+        assert stored(config, domain) == stored(whole, domain)
+
+
+def test_nothing_arrives_by_itself_from_elsewhere(corpus, tmp_path):
+    config = make_config(tmp_path / "none", tmp_path / "out")
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=r"data\.source"):
+        process_dset.main(change(config, task="read", arriving=0.4))
+    assert time.monotonic() - begin > 0.4
+    with pytest.raises(UserError, match=r"data\.arriving: is for data\.task=read, not"):
+        check(change(config, arriving=1.0))
+    assert processed_folder(config) == processed_folder(change(config, arriving=1.0))
 
 
 def test_splits_are_disjoint_and_follow_the_salted_hash(bpe):

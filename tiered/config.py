@@ -179,6 +179,12 @@ class DataConfig:
         1, "calls, on any machines, that share the files to read or the domains to tokenise", low=1
     )
     task_index: int = opt(0, "which of them this is, from 0", low=0)
+    arriving: float = opt(
+        0.0,
+        "task=read: source files still arrive; read each as it is whole, until no file has come or"
+        " grown for so many seconds (0: read what is there)",
+        low=0,
+    )
     processed_dir: str = opt("data/processed", "where processed data is kept, by hash")
 
 
@@ -1111,6 +1117,8 @@ def _check_splits(data: DataConfig) -> None:
         )
     if data.task_count > 1 and data.task not in ("read", "tokenise"):
         raise UserError(f"data.task_count: calls share read or tokenise, not data.task={data.task}")
+    if data.arriving and data.task != "read":
+        raise UserError(f"data.arriving: is for data.task=read, not data.task={data.task}")
     if not data.split_shares["train"]:
         raise UserError("data.split_shares: train must be above 0")
     for key, least in (("repeats", 2), ("canaries", 1)):

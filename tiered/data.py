@@ -31,6 +31,7 @@ from tiered.store import (
 UNKEYED = (
     *("domains", "added_domains", "novel_domains", "exclude_domains", "exclude_documents"),
     *("num_proc", "task", "task_count", "task_index", "processed_dir", "separate_documents"),
+    "arriving",
 )
 PROCESSING_CODE = tuple(
     f"tiered/{name}.py"

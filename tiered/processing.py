@@ -9,10 +9,12 @@ worker processes. Deleting a domain therefore leaves every other domain's folder
     <processed_dir>/<key>/manifest.json      all domains that are there
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
@@ -495,14 +497,68 @@ def read_share(config: Config, pool: Executor | None) -> str:
     Of data.num_documents it reads its share, as if all files were of one size: the call that does
     the rest reads what is missing.
     """
-    data, count = config.data, config.data.task_count
     todo = [d for d in domains_to_clean(config) if not clean_done(config, d)]
+    if config.data.arriving:
+        _read_arriving(config, pool, todo)
+    files = _read_files(config, pool, {d: domain_files(config, d) for d in todo})
+    return f"{files} files of {len(todo)} domains read"
+
+
+def _read_arriving(config: Config, pool: Executor | None, domains: list[str]) -> None:
+    """Read this call's share of the files that have not changed from one look to the next, until
+    none has come or changed for data.arriving seconds.
+
+    A file whose writer paused may be read in part: what was made of it has its content in its
+    address, and the whole file is read again. So what is wrong with a file is said, and is no error
+    before the end.
+    """
+    pause = min(config.data.arriving / 4, 10.0)
+    before: dict[str, dict[str, tuple[int, int]]] = {}
+    since, told, read = time.monotonic(), set(), None
+    while True:
+        now = {d: _arrived(config, d) for d in domains}
+        whole = {
+            d: [path for path, state in files.items() if before.get(d, {}).get(path) == state]
+            for d, files in now.items()
+        }
+        if now != before:
+            since, before = time.monotonic(), now
+        elif time.monotonic() - since >= config.data.arriving:
+            return
+        try:
+            if whole != read:
+                _read_files(config, pool, whole)
+        except UserError as error:
+            if str(error) not in told:
+                print(f"not whole yet? {error}", flush=True)
+            told.add(str(error))
+        read = whole
+        time.sleep(pause)
+
+
+def _arrived(config: Config, domain: str) -> dict[str, tuple[int, int]]:
+    """Source files of a domain that are there, and what changes as they grow: (size, time)."""
+    try:
+        files = source_files(config.data, domain)
+    except UserError:
+        return {}  # none yet; whether there ever is one is asked in the end
+    if any("://" in file for file in files):
+        raise UserError("data.arriving: a hub's files are those of one commit; none will come")
+    found = {}
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):  # renamed as it became whole
+            state = Path(file).stat()
+            found[file] = state.st_size, state.st_mtime_ns
+    return found
+
+
+def _read_files(config: Config, pool: Executor | None, files: dict[str, list[str]]) -> int:
+    """Read this call's share of the files of domains; how many there were."""
+    data, count = config.data, config.data.task_count
     stop = -(-last_record(data) // count)
     # every domain begins with another task: those of few files are spread, too
     first = {d: (data.task_index - i) % count for i, d in enumerate(config.processed_domains)}
-    readings = {
-        d: Reading(domain_files(config, d)[first[d] :: count], stop, whole=False) for d in todo
-    }
+    readings = {d: Reading(own[first[d] :: count], stop, whole=False) for d, own in files.items()}
     if pool is None:
         for domain, reading in readings.items():
             while reading.more():
@@ -511,8 +567,7 @@ def read_share(config: Config, pool: Executor | None) -> str:
                 reading.begun += 1
     else:
         _read(config, pool, readings)
-    files = sum(reading.begun for reading in readings.values())
-    return f"{files} files of {len(todo)} domains read"
+    return sum(reading.begun for reading in readings.values())
 
 
 def _read(config: Config, pool: Executor, readings: dict[str, Reading]) -> None:
