@@ -1,6 +1,5 @@
 """SIGKILL during each stage, damaged artefacts, full disks: nothing lost, nothing half-written."""
 
-import json
 import os
 import platform
 import re
@@ -15,7 +14,7 @@ import pytest
 
 from tests.conftest import STAGES, run_stages, start_stages, tiny_project
 from tiered import checkpoint
-from tiered.store import is_complete, read_json, tree_hashes, verify
+from tiered.store import is_complete, read_json, tree_hashes, verify, write_json
 
 # Enough work per stage that a poll of a few milliseconds finds it under way.
 WORK = ("training.num_train_epochs=4", "training.save_steps=5", "router.num_train_epochs=6")
@@ -152,7 +151,13 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, capsys):
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"x" * step)
         hashes = tree_hashes(folder)
-        (folder / "hashes.json").write_text(json.dumps(hashes))
+        write_json(folder / "hashes.json", hashes)
+        write_json(folder / "timings.json", {"seconds": 1.0})
+    assert checkpoint.newest(tmp_path).name == "checkpoint-00000010"
+    timings = tmp_path / "checkpoint-00000010/timings.json"
+    timings.write_text(timings.read_text().replace("1.0", "3.0"))
+    assert checkpoint.newest(tmp_path).name == "checkpoint-00000005"
+    write_json(timings, {"seconds": 1.0})
     assert checkpoint.newest(tmp_path).name == "checkpoint-00000010"
     (tmp_path / "checkpoint-00000010/model.safetensors").write_bytes(b"y" * 10)
     assert checkpoint.newest(tmp_path).name == "checkpoint-00000005"

@@ -16,7 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tiered.store import TIMINGS, UserError, atomic_folder, is_complete, read_json, verify
+from tiered.store import (
+    TIMINGS,
+    UserError,
+    atomic_folder,
+    is_complete,
+    read_json,
+    verify,
+    write_json,
+)
 
 KEPT = 2  # the newest may be damaged by the disk: keep the one before it
 
@@ -27,6 +35,7 @@ def newest(folder: Path) -> Path | None:
     for path in reversed(candidates):
         try:
             verify(path)
+            read_json(path / TIMINGS)  # in no hash list: equal runs differ there
             return path
         except UserError as error:
             print(f"checkpoint skipped: {error}")
@@ -72,7 +81,7 @@ def save(folder: Path, trainer: Any, seconds: float) -> None:
         _save_random_state(path)
         _write(path / "loss_accumulator.json", trainer.loss_accumulator())
         trainer.state.save_to_json(str(path / "trainer_state.json"))
-        _write(path / TIMINGS, {"seconds": seconds})
+        write_json(path / TIMINGS, {"seconds": seconds})
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
