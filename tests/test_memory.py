@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.test_flops import MODELS, V, monet
 from tests.test_training import State
-from tiered import checkpoint
+from tiered import checkpoint, memory, modeling_tiered
 from tiered.baselines.modeling_lora_experts import linear_names
 from tiered.blueprint import Blueprint, memory_of
 from tiered.cleaning import clean_folder
@@ -80,6 +80,18 @@ def test_what_autograd_keeps_is_what_the_formula_says(name, half):
     measured = kept_bytes(model, half, **inputs)
     bound = 0.15 if name == "moe, tree" else 0.04
     assert held.activations + held.copies + kept == pytest.approx(measured, rel=bound)
+
+
+def test_an_embedder_of_a_large_vocabulary_keeps_states_for_its_loss(monkeypatch):
+    """And no logits: a fourth of the logits is more than is made at once. 4 % as above."""
+    assert memory.WHOLE_LOGITS == modeling_tiered.WHOLE_LOGITS
+    whole = loss_bytes(level1(), ROWS, LENGTH, False)
+    for module in (memory, modeling_tiered):
+        monkeypatch.setattr(module, "WHOLE_LOGITS", ROWS * LENGTH * V // 4)
+    kept, passing = loss_bytes(level1(), ROWS, LENGTH, False)
+    assert kept == 4 * 16 * ROWS * (LENGTH - 1) and passing < whole[1] / 16
+    held = training_memory(level1(), ROWS, LENGTH, False)
+    assert held.activations + kept == pytest.approx(kept_bytes(level1().train(), False), rel=0.04)
 
 
 @pytest.mark.parametrize("name", ["monet", "monet, horizontal", "llama", "moe"])

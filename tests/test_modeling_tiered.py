@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from modeling_monet import MonetConfig, MonetForCausalLM
 from tests.conftest import brute_ngrams
+from tiered import modeling_tiered
 from tiered.modeling_tiered import (
     HashedNgrams,
     Level1Config,
@@ -149,6 +150,34 @@ def test_prefix_embedding_is_the_mean_of_hidden_states_so_far():
     states = embedder.hidden_states(ids())
     expected = torch.stack([states[:, : t + 1].mean(1) for t in range(T)], 1)
     assert torch.allclose(embedder.prefix_embeddings(ids()), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("items", [None, 7])
+def test_a_loss_made_by_parts_is_that_of_all_logits(items, monkeypatch):
+    """Loss and every gradient, with targets that are left out; at most an eighth of the allowed
+    logits at once, here 3 tokens'."""
+    found, made = [], []
+    ignored = torch.rand(ids().shape, generator=torch.Generator().manual_seed(2)) < 0.3
+    labels = ids().masked_fill(ignored, -100)
+    for most in (2**28, 3 * 8 * V):
+        monkeypatch.setattr(modeling_tiered, "WHOLE_LOGITS", most)
+        torch.manual_seed(0)
+        embedder = Level1Embedder(level1("transformer")).train()
+        entropy = torch.nn.functional.cross_entropy
+        monkeypatch.setattr(
+            torch.nn.functional,
+            "cross_entropy",
+            lambda x, *a, **k: made.append(len(x)) or entropy(x, *a, **k),  # noqa: B023
+        )
+        output = embedder(ids(), labels=labels, num_items_in_batch=items)
+        output.loss.backward()
+        monkeypatch.setattr(torch.nn.functional, "cross_entropy", entropy)
+        assert (output.logits is None) == (most < 2**28)
+        found.append([output.loss.detach(), *(p.grad for p in embedder.parameters())])
+    for whole, parts in zip(*found, strict=True):
+        assert torch.allclose(whole, parts, atol=1e-6)
+    assert made[0] > 3 and set(made[1:]) <= {1, 2, 3}
+    assert embedder.eval()(ids(), labels=ids()).logits is not None
 
 
 @torch.inference_mode()

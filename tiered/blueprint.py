@@ -16,7 +16,7 @@ from tiered.config import Config
 from tiered.flops import Part, lora_flops, model_flops, training_flops
 from tiered.memory import Memory, checkpoint_bytes, resume_bytes, training_memory
 from tiered.methods import MODELS
-from tiered.modeling_tiered import Level1Embedder
+from tiered.modeling_tiered import WHOLE_LOGITS, Level1Embedder
 from tiered.router import level1_config
 from tiered.workload import UNKNOWN, Corpus, Job, Vocabulary, steps_of
 
@@ -136,7 +136,9 @@ def embedder_training(config: Config, corpus: Corpus) -> Trained | None:
         "non_embedding": total - table,
         "computed_per_token": total - model.positions.weight.numel(),
     }
-    tokens = rows * data.block_size
+    tokens, per_token = rows * data.block_size, training_flops(parts)
+    if section.batch_rows * data.block_size * model.config.vocab_size > WHOLE_LOGITS:
+        per_token += parts["LM head"].forward  # its logits are made twice
     return Trained(
         Job(
             "Level-1 embedder",
@@ -150,7 +152,7 @@ def embedder_training(config: Config, corpus: Corpus) -> Trained | None:
         counts,
         parts,
         tokens,
-        tokens * training_flops(parts),
+        tokens * per_token,
         training_memory(model, section.batch_rows, data.block_size, half),
         checkpoint_bytes(model),
         resume_bytes(model),

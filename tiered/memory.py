@@ -26,6 +26,7 @@ from tiered.flops import attention_width, float32_parts, head_weight, part_of
 
 USABLE = 0.9  # of a device's memory: its context and the allocator's gaps take the rest
 LOSS_ROWS, LOSS_ELEMENTS = 512, 2**25  # as in modeling_monet.py
+WHOLE_LOGITS = 2**28  # as in modeling_tiered.py
 
 
 @dataclass(frozen=True)
@@ -198,11 +199,15 @@ def loss_bytes(model: nn.Module, rows: int, length: int, half: bool) -> tuple[in
 
     Monet makes logits of some rows at a time and both gradients with them: kept are the gradients
     (V, D) and (B T, D). Others keep the log-softmax of all logits (B T, V), and hold the logits and
-    their gradient beside it.
+    their gradient beside it; the Level-1 embedder keeps the states (B T, D) instead where there are
+    more than WHOLE_LOGITS, and makes an eighth of that many at a time.
     """
     vocabulary, d = head_weight(model).shape
     if model.config.model_type != "monet":
         logits = rows * length * vocabulary
+        if model.config.model_type == "level1_embedder" and logits > WHOLE_LOGITS:
+            some = max(1, WHOLE_LOGITS // 8 // vocabulary) * vocabulary
+            return 4 * d * rows * (length - 1), 4 * some + (2 + 4 + 2 if half else 4 + 4) * some
         return 4 * logits, (2 + 4 + 2 if half else 4 + 4) * logits
     some = min(LOSS_ROWS, max(64, LOSS_ELEMENTS // vocabulary))
     kept = 4 * d * (vocabulary + rows * (length - 1))

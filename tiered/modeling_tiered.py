@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -126,6 +127,9 @@ class PrefixEmbedder:
         return similarities(prefixes, centroids, self.config.metric)
 
 
+WHOLE_LOGITS = 2**28  # that training makes at once (1 GiB of float32, and as much for gradients)
+
+
 class Level1Embedder(PrefixEmbedder, PreTrainedModel):
     """The embedder LM: trained as a language model, used through its hidden states only."""
 
@@ -178,12 +182,40 @@ class Level1Embedder(PrefixEmbedder, PreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput:
-        """Next-token logits (B, T, V) through the tied embedding; loss in nats if labelled."""
-        logits = self.hidden_states(input_ids, attention_mask) @ self.tokens.weight.T
+        """Next-token logits (B, T, V) through the tied embedding; loss in nats if labelled.
+
+        In training on more than WHOLE_LOGITS of them they are left out (None): the loss is made
+        part by part.
+        """
+        states = self.hidden_states(input_ids, attention_mask)
+        learns = labels is not None and self.training
+        if learns and labels.numel() * self.config.vocab_size > WHOLE_LOGITS:
+            return CausalLMOutput(loss=self._loss_by_parts(states, labels, **kwargs))
+        logits = states @ self.tokens.weight.T
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutput(loss=loss, logits=logits)
+
+    def _loss_by_parts(
+        self,
+        states: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """The loss of `forward`; a part's logits are computed again for its gradient, not kept."""
+        states, targets = states[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        rows = max(1, WHOLE_LOGITS // 8 // self.config.vocab_size)
+
+        def nats(part: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            logits = (part @ self.tokens.weight.T).float()
+            return F.cross_entropy(logits, target, reduction="sum")
+
+        parts = zip(states.split(rows), targets.split(rows), strict=True)
+        total = sum(checkpoint(nats, *part, use_reentrant=False) for part in parts)
+        items = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        return total / items
 
     def prefix_embeddings(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
