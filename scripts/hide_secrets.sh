@@ -1,7 +1,16 @@
 # Sourced before anything is submitted: Slurm writes down the environment of a job, so keys leave it
 # here; jobs read secrets.env themselves.
-unset WANDB_API_KEY HF_TOKEN HUGGING_FACE_HUB_TOKEN
-if [ -f "$ROOT/secrets.env" ]; then
-  while read -r key; do unset "$key"; done < <(
-    sed -nE 's/^(export +)?([A-Za-z_][A-Za-z_0-9]*)=.*/\2/p' "$ROOT/secrets.env")
+for key in $(compgen -e); do
+  case $key in
+    *API_KEY | *_TOKEN | *SECRET* | *PASSWORD*) unset "$key" ;;
+  esac
+done
+if [ -f "$ROOT/secrets.env" ]; then # whatever it sets, in whatever way: asked of a shell that reads it
+  for key in $(env -i bash -c '
+    known=$(compgen -v)
+    set -a
+    source "$1" >/dev/null 2>&1
+    comm -13 <(sort <<<"$known") <(compgen -v | sort)' _ "$ROOT/secrets.env"); do
+    unset "$key" 2>/dev/null || true
+  done
 fi

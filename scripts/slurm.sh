@@ -35,7 +35,7 @@ submit() { # prints a job id
     echo "sbatch $*" >&2
     echo "<$job>"
   else
-    sbatch --parsable "$@"
+    sbatch --parsable "$@" | sed 's/;.*//'  # of several clusters: id;cluster
   fi
 }
 

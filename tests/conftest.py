@@ -102,9 +102,8 @@ def start_stages(
     process that has imported torch and the rest (False: started anew, with its own hash seed).
     """
     stages, arguments = list(stages), [str(a) for a in arguments]
-    if forked and (process := fork(folder, stages, arguments, largest_file=largest_file)):
-        return process
-    assert not largest_file
+    if forked:
+        return fork(folder, stages, arguments, largest_file=largest_file)
     return subprocess.Popen(
         [*STAGES_SCRIPT, ",".join(stages), *arguments],
         stdout=subprocess.PIPE,

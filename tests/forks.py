@@ -2,7 +2,6 @@
 torch and transformers takes longer than most tiny stages."""
 
 import atexit
-import functools
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = (sys.executable, str(ROOT / "tests/stages.py"))
+READ_ONCE = ("HF_", "HUGGING", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "MKL_", "MALLOC_", "PYTHON")
 
 
 class Forked:
@@ -48,41 +48,49 @@ class Forked:
         return self.output.read_text(encoding="utf-8") if self.output.is_file() else ""
 
 
-@functools.cache
-def _server() -> tuple[subprocess.Popen, dict[str, str], Path]:
-    """The process that forks, its environment, and where outputs go; one per process of tests."""
-    environment = dict(os.environ)
-    folder = tempfile.TemporaryDirectory()
-    server = subprocess.Popen(
-        [*STAGES, "--serve"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**environment, "PYTHONPATH": str(ROOT)},
-    )
-    assert server.stdout.readline() == "ready\n"
+class Server:
+    """The process that forks, and where outputs go; made anew where what libraries read of this
+    process' environment has changed."""
 
-    def end() -> None:
-        server.stdin.close()
-        server.wait(timeout=60)
-        folder.cleanup()
+    process: subprocess.Popen | None = None
+    environment: tuple[tuple[str, str], ...] = ()
+    outputs: tempfile.TemporaryDirectory | None = None
 
-    atexit.register(end)
-    return server, _settings(environment), Path(folder.name)
+    @classmethod
+    def get(cls) -> subprocess.Popen:
+        environment = tuple(
+            sorted((k, v) for k, v in os.environ.items() if k.startswith(READ_ONCE))
+        )
+        if cls.process is None or cls.environment != environment:
+            cls.end()
+            cls.outputs = cls.outputs or tempfile.TemporaryDirectory()
+            cls.environment = environment
+            cls.process = subprocess.Popen(
+                [*STAGES, "--serve"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
+            assert cls.process.stdout.readline() == "ready\n"
+        return cls.process
+
+    @classmethod
+    def end(cls) -> None:
+        if cls.process is not None:
+            cls.process.stdin.close()
+            cls.process.wait(timeout=60)
+            cls.process = None
 
 
-def _settings(environment: dict[str, str]) -> dict[str, str]:
-    """What of an environment a stage may read."""
-    return {k: v for k, v in environment.items() if not k.startswith("PYTEST")}
+atexit.register(Server.end)
 
 
-def fork(folder: Path, stages: list[str], arguments: list[str], **faults) -> Forked | None:
-    """Stages in a forked process; None where this process' environment has changed since the first
-    call, which a forked one would not see. faults: of `stages.become`."""
-    server, settings, outputs = _server()
-    if settings != _settings(dict(os.environ)):
-        return None
-    handle, output = tempfile.mkstemp(dir=outputs)
+def fork(folder: Path, stages: list[str], arguments: list[str], **faults) -> Forked:
+    """Stages in a forked process. faults: of `stages.become`."""
+    server = Server.get()
+    handle, output = tempfile.mkstemp(dir=Server.outputs.name)
     os.close(handle)
     request = {"folder": str(folder), "stages": stages, "arguments": arguments, "output": output}
+    request["environment"] = {**os.environ, "PYTHONPATH": str(ROOT)}
     return Forked(server, {**request, **faults})

@@ -79,10 +79,12 @@ def serve() -> tuple[list[str], list[str]]:
 
 
 def become(request: dict) -> tuple[list[str], list[str]]:
-    """Give a forked process what a started one has (session, working folder, output), and the
+    """Give a forked process what a started one has (session, environment, folder, output), and the
     faults that are asked for: `largest_file` (bytes), `kill_at` (before which operation on files),
     `count_to` (a file that gets the number of operations), `clock_off` (seconds)."""
     os.setsid()
+    os.environ.clear()
+    os.environ.update(request["environment"])
     os.chdir(request["folder"])
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     nothing = os.open(os.devnull, os.O_RDONLY)

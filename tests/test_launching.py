@@ -2,7 +2,9 @@
 
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ import pytest
 from tests.conftest import ROOT, run_stages, tiny_project
 from tests.test_config import SHIPPED
 from tiered.config import load
-from tiered.plan import Job, jobs, lines
+from tiered.plan import Job, jobs, lines, parse
 from tiered.store import UserError, read_json, tree_hashes
 
 SITE = """
@@ -99,10 +101,8 @@ def test_a_plan_is_refused_with_overwrite_and_is_written_a_command_a_line():
 # --- on this machine -------------------------------------------------------------------------
 
 
-def launched(
-    script: str, folder: Path, *arguments: str, **more: str
-) -> subprocess.CompletedProcess:
-    """A script of scripts/, run in `folder` with this interpreter's environment."""
+def begun(script: str, folder: Path, *arguments: str, **more: str) -> subprocess.Popen:
+    """A script of scripts/, begun in `folder` with this interpreter's environment."""
     venv = folder / "venv"  # complete already: nothing is installed
     if not venv.exists():
         (venv / "bin").mkdir(parents=True)
@@ -110,14 +110,24 @@ def launched(
         launcher.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         launcher.chmod(0o755)
         (venv / ".complete").touch()
-    return subprocess.run(
+    return subprocess.Popen(
         ["bash", ROOT / "scripts" / script, *arguments],
         cwd=folder,
         env={**os.environ, "VENV": str(venv), **more},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=600,
+        start_new_session=True,
     )
+
+
+def launched(
+    script: str, folder: Path, *arguments: str, **more: str
+) -> subprocess.CompletedProcess:
+    """A script of scripts/, run to its end."""
+    process = begun(script, folder, *arguments, **more)
+    output, errors = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
 
 
 def same_results(folder: Path, tiny: Path, forget: str) -> None:
@@ -157,6 +167,78 @@ def test_a_task_that_fails_ends_the_run_with_its_last_lines(tiny, tmp_path):
     )
     assert "the training loss is nan at step" in done.stderr
     assert not (tmp_path / "runs/n2/jobs/eval-0.log").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_run_that_is_asked_to_end_ends_its_trainings_and_goes_on(number, tiny, tmp_path):
+    """Ctrl-C, or a terminal that is closed: the trainings save, nothing is left running."""
+    for name in ("configs", "processed", "raw", "runs/n2/router", "runs/n2/partition"):
+        shutil.copytree(tiny / name, tmp_path / name)
+    shutil.copytree(tiny / "runs/.store", tmp_path / "runs/.store")
+    more = ("--workers", "1", "configs/n2.yaml", "training.num_train_epochs=300")
+    process = begun("run_local.sh", tmp_path, *more)
+    log, deadline = tmp_path / "runs/n2/jobs/train-0.log", time.monotonic() + 200
+    checkpoints = tmp_path / "runs/.store/models/.checkpoints"
+    while not list(checkpoints.glob("*/*/hashes.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, number)
+    os.killpg(process.pid, number)  # an impatient one
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, errors
+    assert "asked to end: train 0; the same command goes on from there" in errors
+    assert "Traceback" not in errors
+    assert re.search(r"asked to end; state saved at step \d+", log.read_text()), log.read_text()
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+@pytest.mark.parametrize(
+    ("task", "requeued"), [({}, "7"), ({"SLURM_ARRAY_JOB_ID": "7"}, "7_2")], ids=["job", "array"]
+)
+def test_a_task_that_is_asked_to_end_requeues_itself_alone(task, requeued, tmp_path):
+    """The last task of an array has the array's number: all of it would be queued again."""
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    (stubs / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (stubs / "scontrol").chmod(0o755)
+    code = "import time; print('at work', flush=True); time.sleep(60)"
+    command = shlex.join(["-m", "timeit", "-n1", "-r1", code])
+    (tmp_path / "plan.tsv").write_text(f"train\tcpu\t\t\t{command}\n" * 3)
+    (tmp_path / "site.sh").write_text(SITE.replace("{ :; }", '{ : "$NOT_SET_ANYWHERE"; }'))
+    settings = {"SITE": str(tmp_path / "site.sh"), "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    settings |= {"PATH": f"{stubs}:{os.environ['PATH']}", **task}
+    arguments = (str(ROOT), str(tmp_path / "plan.tsv"), "train")
+    process = begun("job.sbatch", tmp_path, *arguments, **settings)
+    for line in process.stdout:
+        if line == "at work\n":
+            break
+    process.send_signal(signal.SIGUSR1)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "exit code 143" in output, errors
+    assert (tmp_path / "asked").read_text() == f"requeue {requeued}\n"
+
+
+def test_numbers_below_0_and_line_breaks_are_refused(tmp_path):
+    for arguments in (["--workers", "-1"], ["--reading-tasks", "-1"], ["name=a\tb"]):
+        with pytest.raises(UserError, match=r"below 0|line break or tab"):
+            parse(["configs/quickstart/n01.yaml", *arguments], "tiered.local_run", "")
+
+
+def test_no_key_is_left_in_what_slurm_is_given(tmp_path):
+    """Whatever way secrets.env sets it, and by its name where it is in no file."""
+    (tmp_path / "secrets.env").write_text(
+        " A_K=1\nexport B_K=2 C_K=3\ndeclare -x D_K=4\nE_K=5; F_K=6\n"
+    )
+    code = f"set -eu; ROOT={tmp_path}; source {ROOT}/scripts/hide_secrets.sh; env"
+    keys = dict.fromkeys(
+        ["A_K", "B_K", "C_K", "D_K", "E_K", "F_K", "COMET_API_KEY", "HF_TOKEN"], "x"
+    )
+    given = {**os.environ, **keys, "KEPT": "x"}
+    found = subprocess.run(
+        ["bash", "-c", code], env=given, capture_output=True, text=True, check=True
+    )
+    names = {line.partition("=")[0] for line in found.stdout.splitlines()}
+    assert not names & keys.keys() and {"KEPT", "PATH"} <= names
 
 
 def test_dry_runs_print_the_plan_and_touch_nothing(tiny, tmp_path):

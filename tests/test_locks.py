@@ -3,7 +3,7 @@
 import itertools
 import json
 import os
-import platform
+import signal
 import subprocess
 import sys
 import textwrap
@@ -16,9 +16,9 @@ import pytest
 from tests.conftest import ROOT
 from tiered import locks
 from tiered.locks import locked
-from tiered.store import UserError, read_json
+from tiered.store import UserError, machine, read_json
 
-HERE = platform.node()
+HERE = machine()
 COUNTING = """
     import sys
     from pathlib import Path
@@ -73,6 +73,53 @@ def test_a_file_where_the_folder_should_be_is_an_error(tmp_path):
     (tmp_path / ".locks").write_text("in the way")
     with pytest.raises(FileExistsError), locked(tmp_path / ".locks" / "x.lock", "mine"):
         pass
+
+
+@pytest.mark.parametrize("where", ["gone/.locks", "gone/run/.locks"])
+def test_a_link_that_leads_nowhere_is_an_error_and_no_waiting_for_ever(where, tmp_path):
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileExistsError), locked(tmp_path / where / "x.lock", "mine"):
+        pass
+
+
+def test_a_lock_that_cannot_be_written_is_not_there(tmp_path):
+    """A full disk: the next owner does not wait for one who never was."""
+    code = """
+        import resource, sys
+        from pathlib import Path
+        from tiered import locks
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        with locks.locked(Path(sys.argv[1]), "the work"):
+            pass
+    """
+    path = tmp_path / ".locks" / "x.lock"
+    assert start(code, path).wait(timeout=60) == 1
+    assert not path.exists()
+    with locked(path, "mine", wait=False) as waited:
+        assert not waited
+
+
+def test_an_owner_of_this_machine_that_is_stopped_keeps_its_lock(tmp_path, monkeypatch):
+    """However long it gives no sign: its process is there."""
+    monkeypatch.setattr(locks, "SILENCE", 0.2)
+    path = tmp_path / ".locks" / "stage.lock"
+    process = start(HOLDING, path, 0.1)
+    assert process.stdout.readline() == "held\n"
+    process.send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    threading.Timer(1.5, process.send_signal, (signal.SIGCONT,)).start()
+    with locked(path, "mine") as waited:
+        assert waited and time.monotonic() - begin > 1.5
+    assert process.wait(timeout=20) == 0 and not path.parent.exists()
+
+
+def test_an_owner_whose_start_cannot_be_seen_lives_while_its_process_does(monkeypatch):
+    """/proc of other users is hidden on some clusters (hidepid)."""
+    note = {"owner": f"{os.getpid()}@{HERE}", "started": "1"}
+    assert locks._lives_here(note) is False  # the number is another process' now
+    monkeypatch.setattr(locks, "_started", lambda process: "")
+    assert locks._lives_here(note) is True
+    assert locks._lives_here({**note, "owner": f"{os.getpid()}@{HERE}.4026532000"}) is None
 
 
 def raised(error: Exception) -> None:

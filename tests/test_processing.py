@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import json
 import os
-import platform
 import random
 import shutil
 import subprocess
@@ -28,7 +27,7 @@ import process_dset
 from tiered import cleaning, processing, tokenization
 from tiered.config import SPLITS, Config, DataConfig, TokenizerConfig, check
 from tiered.data import processed_folder, processed_key
-from tiered.store import UserError, read_json, tree_hashes
+from tiered.store import UserError, machine, read_json, tree_hashes
 
 ALPHABETS = {
     "en": [chr(c) for c in range(97, 123)],
@@ -341,6 +340,25 @@ def test_a_shard_holds_what_is_left_of_a_file_and_goes_when_it_is_merged(corpus,
     assert (np.diff(index["position"].astype(float)) > 0).all()
     run(config)
     assert not list((tmp_path / "out").rglob(".shards/en/*"))
+
+
+def test_a_file_that_changes_while_it_is_read_is_no_shard(corpus, tmp_path, monkeypatch):
+    """Copied once more in place: cut when its records are read, whole when its hash was made."""
+    path = tmp_path / "raw" / "en" / "part-0.jsonl"
+    shutil.copytree(corpus / "en", path.parent)
+    content, records = path.read_bytes(), cleaning.raw_records
+    config = make_config(tmp_path / "raw", tmp_path / "out", domains=("en",))
+
+    def copied_again(name, data):
+        path.write_bytes(content[: content.index(b"\n", len(content) // 2) + 1])
+        yield from records(name, data)
+        path.write_bytes(content)
+
+    monkeypatch.setattr(cleaning, "raw_records", copied_again)
+    assert "part-0.jsonl: changed while it was read" in error_of(config)
+    monkeypatch.undo()
+    assert not list((tmp_path / "out").rglob("shard.json"))
+    assert run(config)["domains"]["en"]["read"] == 120
 
 
 def test_as_many_files_are_read_as_the_records_asked_for_need(corpus, tmp_path):
@@ -955,8 +973,8 @@ def test_killed_run_is_repeated_without_redoing_what_is_finished(corpus, tmp_pat
     folder = processed_folder(config)
     complete = tree_hashes(folder)
     # killed while `hi` was written: a temporary folder of a dead process, no final one.
-    os.replace(folder / "hi", folder / f".hi.tmp999999999@{platform.node()}")
-    (folder / f".hi.tmp999999999@{platform.node()}" / "hashes.json").unlink()
+    os.replace(folder / "hi", folder / f".hi.tmp999999999@{machine()}")
+    (folder / f".hi.tmp999999999@{machine()}" / "hashes.json").unlink()
     (folder / "manifest.json").unlink()
     written = (folder / "en" / "manifest.json").stat().st_mtime_ns
     run(config)

@@ -50,13 +50,8 @@ def same_tables(found: pa.Table, value: pa.Table) -> bool:
     ) | (str(found.to_pylist()) == str(value.to_pylist()))
 
 
-def without_seals_name(found: dict, value: dict) -> bool:
-    """Equal, but for one entry more where a bit of the seal's own name has changed."""
-    return {k: found.get(k) for k in value} == value and len(found) <= len(value) + 1
-
-
 CASES = {
-    "json": (write_json, read_json, VALUE, without_seals_name, 1),
+    "json": (write_json, read_json, VALUE, dict.__eq__, 1),
     "text": (write_sealed, read_sealed, "name: é\nn: 2\n", str.__eq__, 1),
     "tensors": (write_tensors, read_tensors, TENSORS, same_tensors, 1),
     "table": (write_table, read_table, TABLE, same_tables, 13),

@@ -1,8 +1,9 @@
 """Atomic artefacts: complete or absent, damaged ones noticed, old content kept on failure."""
 
 import os
-import platform
 import subprocess
+import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def test_a_failed_body_leaves_nothing(tmp_path):
 
 
 def test_a_killed_writer_is_cleaned_up_and_a_living_one_is_kept(tmp_path):
-    here = platform.node()
+    here = store.machine()
     dead = tmp_path / f".x.tmp4194305@{here}"  # above the largest process id of Linux
     alive = tmp_path / f".x.tmp{os.getppid()}@{here}"
     dead.mkdir()
@@ -63,7 +64,7 @@ def test_another_machines_writer_is_kept_for_a_day(days_off, tmp_path, monkeypat
         os.utime(path, (clock() - store.ABANDONED - 9,) * 2)
     make(tmp_path / "x")
     assert young.exists() and not old.exists()
-    (tmp_path / f".y.json.tmp4194305@{platform.node()}").write_text("half a file")
+    (tmp_path / f".y.json.tmp4194305@{store.machine()}").write_text("half a file")
     store.remove_abandoned(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [young.name, "x"]
 
@@ -99,7 +100,7 @@ def test_a_writer_that_ended_and_was_not_waited_for_is_cleaned_up(tmp_path):
     stat = Path(f"/proc/{ended.pid}/stat")
     while stat.read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
-    left = tmp_path / f".a.tmp{ended.pid}@{platform.node()}"
+    left = tmp_path / f".a.tmp{ended.pid}@{store.machine()}"
     left.mkdir()
     store.remove_leftovers(tmp_path / "a")
     assert not left.exists()
@@ -108,10 +109,33 @@ def test_a_writer_that_ended_and_was_not_waited_for_is_cleaned_up(tmp_path):
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     make(tmp_path / "x", "old")
-    os.replace(tmp_path / "x", tmp_path / ".x.old1")
+    os.replace(tmp_path / "x", tmp_path / f".x.old4194305@{store.machine()}")
     make(tmp_path / "x", "new")
     assert (tmp_path / "x/sub/a.txt").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_many_links_to_one_place_leave_it_whole(tmp_path):
+    """Several processes link folders to one name, again and again: it is always one of them."""
+    for name in ("a", "b"):
+        make(tmp_path / name, name)
+    code = """
+        import sys
+        from pathlib import Path
+        from tiered.store import link_tree
+        for _ in range(150):
+            link_tree(Path(sys.argv[1]), Path(sys.argv[2]))
+    """
+    arguments = [sys.executable, "-c", textwrap.dedent(code)]
+    target = tmp_path / "target"
+    environment = {**os.environ, "PYTHONPATH": str(Path(store.__file__).parents[1])}
+    processes = [
+        subprocess.Popen([*arguments, tmp_path / name, target], env=environment)
+        for name in ("a", "b", "a")
+    ]
+    assert [p.wait(timeout=120) for p in processes] == [0, 0, 0]
+    verify(target)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "target"]
 
 
 def test_verify_names_the_changed_missing_or_extra_file(tmp_path):

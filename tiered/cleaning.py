@@ -18,6 +18,7 @@ import functools
 import hashlib
 import itertools
 import math
+import os
 import re
 import shutil
 import unicodedata
@@ -198,6 +199,14 @@ def shard_folder(config: Config, domain: str, path: str) -> Path:
     return shards_folder(config, domain) / digest(identity)
 
 
+def _file_state(path: str) -> tuple[int, ...] | None:
+    """What changes when a file of this machine is written; None for one of the hub."""
+    if "://" in path:
+        return None
+    state = os.stat(path)
+    return state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
 def pinned_files(config: Config, domain: str) -> Path:
     """The list of a domain's source files on the hub."""
     return clean_folder(config, domain).parent / ".files" / f"{domain}.json"
@@ -229,6 +238,7 @@ def read_shard(config: Config, domain: str, path: str) -> tuple[int, str]:
     of every record; shard.json: where and why records are broken, and the damage; and the documents
     in chunks (write_chunk).
     """
+    before = _file_state(path)
     folder, data = shard_folder(config, domain, path), config.data
     if is_complete(folder):
         record = read_json(folder / "shard.json")
@@ -264,6 +274,8 @@ def read_shard(config: Config, domain: str, path: str) -> tuple[int, str]:
         if waiting:
             write_chunk(waiting, data, temporary / f"{chunks:05d}")
             chunks += 1
+        if _file_state(path) != before:  # its address is that of another content
+            raise UserError(f"{path}: changed while it was read; run again when it is whole")
         np.save(temporary / "verdicts.npy", np.frombuffer(bytes(verdicts), np.uint8))
         record = {"file": path, "records": len(verdicts), "chunks": chunks}
         record |= {"broken": broken, "damage": damage}

@@ -19,17 +19,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import torch
 from tqdm import tqdm
 
-from tiered import stopping
 from tiered.config import Config
 from tiered.plan import GPU, Job, arguments_of, jobs, parse, table
 from tiered.store import UserError
 
 LAST_LINES = 12  # of the log of a task that failed
 POLL_SECONDS = 0.1
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that end a run
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -56,7 +57,11 @@ class Workers:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "wb") as file:
             process = subprocess.Popen(
-                [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, env=environment
+                [sys.executable, *command],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                process_group=0,  # Ctrl-C is for this process, which asks them to save and end
             )
         self.running[worker] = (process, f"{job.name} {task}", log)
 
@@ -69,13 +74,22 @@ class Workers:
                 yield code, name, log
 
     def end(self) -> None:
-        """Ask all that run to end, and wait for them."""
+        """Ask all that run to end, and wait for them; a second signal does not hurry it."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        if self.running:
+            names = ", ".join(name for _, name, _ in self.running.values())
+            print(f"asked to end: {names}; the same command goes on from there", file=sys.stderr)
         for process, _, _ in self.running.values():
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
         for process, _, _ in self.running.values():
             process.wait()
         self.running.clear()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)  # as a shell says it
 
 
 def _visible() -> list[str]:
@@ -124,7 +138,8 @@ def _run_job(job: Job, workers: Workers, logs: Path, bar: tqdm) -> None:
 
 def main() -> None:
     """Command line."""
-    stopping.install()
+    for number in SIGNALS:
+        signal.signal(number, _leave)
     try:
         given, config = parse(sys.argv[1:], "tiered.local_run", __doc__)
         found = jobs(config, arguments_of(given), given.reading_tasks)

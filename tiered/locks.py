@@ -1,9 +1,9 @@
 """Locks between processes, on one machine or on several that share a file system.
 
 A lock is a file that names its owner; while it is held its time stamp moves. An owner is dead when
-its process is gone (on this machine) or when the stamp has not moved for SILENCE seconds of the
-waiting process' own clock: no two clocks are compared, so none of them has to be right. A dead
-owner's lock is taken over.
+its process is gone (on this machine) or, elsewhere (another host or container), when the stamp
+has not moved for SILENCE seconds of the waiting process' own clock: no two clocks are compared, so
+none of them has to be right. A dead owner's lock is taken over.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import glob
 import itertools
 import json
 import os
-import platform
 import threading
 import time
 import uuid
@@ -19,11 +18,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tiered.store import UserError, process_alive, read_json, temporary_of, write_json
+from tiered.store import (
+    UserError,
+    machine,
+    process_alive,
+    read_json,
+    remove_abandoned,
+    temporary_of,
+    write_json,
+)
 
 HEARTBEAT = 5.0  # seconds between two signs of life
 SILENCE = 120.0  # seconds without one after which an owner counts as dead
 LONGEST_PAUSE = 1.0  # seconds between two looks at a lock that is waited for
+ATTEMPTS = 100  # to make a lock's file where its folder goes again and again
 _Sign = tuple[int, int] | None
 
 
@@ -35,7 +43,7 @@ def locked(path: Path, what: str, wait: bool = True) -> Iterator[bool]:
     is and since when. Not for use twice in one process at a time.
     """
     note = {
-        "owner": f"{os.getpid()}@{platform.node()}",
+        "owner": f"{os.getpid()}@{machine()}",
         "started": _started(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "what": what,
@@ -74,7 +82,8 @@ def _acquire(path: Path, note: dict[str, str], wait: bool) -> bool:
             seen, since = sign, time.monotonic()
             claims.clear()
         here = _lives_here(owner)
-        if here is False or (sign and time.monotonic() - since > SILENCE):
+        silent = sign is not None and time.monotonic() - since > SILENCE
+        if here is False or (here is None and silent):
             if _take_over(path, sign, owner, note, claims):
                 return waited
         elif not wait and owner and (here or moved):
@@ -111,28 +120,55 @@ def _take_over(
                 return False
         except FileNotFoundError:  # the folder is gone, and the lock with it
             return False
-    dead = _read(path) == owner and _sign(path) == sign
-    if dead:
-        own = temporary_of(path)
+    own = temporary_of(path)
+    try:
+        remove_abandoned(path.parent, path.name)
         own.write_text(json.dumps(note), encoding="utf-8")
-        os.replace(own, path)
-    for old in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(name)}.*"):
-        old.unlink(missing_ok=True)
+        dead = _read(path) == owner and _sign(path) == sign
+        if dead:
+            os.replace(own, path)
+    finally:
+        own.unlink(missing_ok=True)
+        for old in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(name)}.*"):
+            old.unlink(missing_ok=True)
     return dead
 
 
 def _create(path: Path, note: dict[str, str]) -> bool:
-    """Make the lock's file; False if there is one, or if its folder was removed meanwhile."""
+    """Make the lock's file, whole from the start; False if there is one."""
+    own = temporary_of(path)
+    for attempt in range(ATTEMPTS):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            own.write_text(json.dumps(note), encoding="utf-8")
+            return _linked(own, path)
+        except (FileExistsError, FileNotFoundError):
+            # the folder may go, with its last lock, at any moment; something else may stand there
+            if attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(0.001)
+        finally:
+            with contextlib.suppress(OSError):
+                own.unlink(missing_ok=True)
+    raise AssertionError("unreachable")
+
+
+def _linked(own: Path, path: Path) -> bool:
+    """Give a file its name unless there is one of that name; whether it was given."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)  # fails, too, if one it finds then goes
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except (FileExistsError, FileNotFoundError):
-        if path.parent.is_file():
-            raise
+        os.link(own, path)
+        return True
+    except FileExistsError:
         return False
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(json.dumps(note))
-    return True
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without links: what is made there is empty for a moment
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            return False
+        os.replace(own, path)
+        return True
 
 
 def _beat(path: Path, note: dict[str, str], ended: threading.Event) -> None:
@@ -161,10 +197,12 @@ def _read(path: Path) -> dict[str, str]:
 
 def _lives_here(owner: dict[str, str]) -> bool | None:
     """Whether an owner on this machine lives; None for one elsewhere."""
-    process, _, machine = owner.get("owner", "").partition("@")
-    if machine != platform.node():
+    process, _, where = owner.get("owner", "").partition("@")
+    if where != machine():
         return None
-    return process_alive(int(process)) and _started(int(process)) == owner["started"]
+    started = _started(int(process))  # empty, too, where another user's process cannot be seen
+    known = started and owner["started"]
+    return process_alive(int(process)) and (not known or started == owner["started"])
 
 
 def _started(process: int) -> str:

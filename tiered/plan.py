@@ -171,9 +171,14 @@ def parse(arguments: list[str], program: str, doc: str) -> tuple[argparse.Namesp
         parser.add_argument("--workers", type=int, default=0, help="tasks at a time; 0: see above")
         parser.add_argument("--dry-run", action="store_true", help="print the plan")
     given = parser.parse_args(arguments)
+    for flag in ("reading_tasks", "workers"):
+        if getattr(given, flag, 0) < 0:
+            raise UserError(f"--{flag.replace('_', '-')}: below 0")
     for override in given.overrides:
         if "=" not in override:
             raise UserError(f"{override}: not an override (key=value)")
+        if not override.isprintable():  # the plan has a task per line, its parts between tabs
+            raise UserError(f"{override!r}: a line break or tab in an override")
     return given, load(given.config, tuple(given.overrides))
 
 

@@ -528,7 +528,7 @@ def _read_arriving(config: Config, pool: Executor | None, domains: list[str]) ->
         try:
             if whole != read:
                 _read_files(config, pool, whole)
-        except UserError as error:
+        except (UserError, FileNotFoundError) as error:
             if str(error) not in told:
                 print(f"not whole yet? {error}", flush=True)
             told.add(str(error))

@@ -28,6 +28,7 @@ TIMINGS = "timings.json"
 UNHASHED = (HASHES, TIMINGS)
 OBSERVED = "observed.jsonl"  # beside a model whose training was watched
 SEAL = "sha256"  # last entry of a JSON mapping of ours: the hash of all others
+INITIAL_SPACE = 0xEFFFFFFC  # of process numbers: Linux' for all that runs in no container
 ABANDONED = 86_400.0  # seconds without a write after which another machine's writer counts as dead
 
 
@@ -97,9 +98,17 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: file is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
-    if isinstance(value, dict) and SEAL in value and value.pop(SEAL) != digest(value, 64):
-        raise damaged(path)
+    if isinstance(value, dict) and value:
+        if SEAL in value and value.pop(SEAL) != digest(value, 64):
+            raise damaged(path)
+        if value and _one_bit_off(next(reversed(value)), SEAL):
+            raise damaged(path)
     return value
+
+
+def _one_bit_off(text: str, other: str) -> bool:
+    pairs = zip(text.encode(), other.encode(), strict=False)
+    return len(text) == len(other) and sum((a ^ b).bit_count() for a, b in pairs) == 1
 
 
 def damaged(path: Path) -> UserError:
@@ -117,10 +126,20 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+@functools.cache
+def machine() -> str:
+    """Where this process' number means something: the host's name and, in a container, its own."""
+    try:
+        space = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        space = INITIAL_SPACE
+    return platform.node() + (f".{space}" if space != INITIAL_SPACE else "")
+
+
 def temporary_of(path: Path, kind: str = "tmp") -> Path:
     """Where a file or folder is written before it gets its name: beside it, named after the writer
     (process and machine: several may share a file system)."""
-    return path.with_name(f".{path.name}.{kind}{os.getpid()}@{platform.node()}")
+    return path.with_name(f".{path.name}.{kind}{os.getpid()}@{machine()}")
 
 
 @contextlib.contextmanager
@@ -243,6 +262,12 @@ def publish(temporary: Path, folder: Path) -> None:
                 os.fsync(file.fileno())
         else:
             _sync_folder(path)
+    _take_place(temporary, folder)
+    _sync_folder(folder.parent)
+
+
+def _take_place(temporary: Path, folder: Path) -> None:
+    """Rename a folder, replacing an old one."""
     aside = temporary_of(folder, "old")
     while True:
         try:
@@ -257,7 +282,6 @@ def publish(temporary: Path, folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.replace(folder, aside)
     shutil.rmtree(aside, ignore_errors=True)
-    _sync_folder(folder.parent)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -266,27 +290,32 @@ def remove_leftovers(folder: Path) -> None:
     remove_abandoned(folder.parent, folder.name)
     for path in folder.parent.glob(f".{glob.escape(folder.name)}.old*"):
         # killed between the two renames of `publish`: the old folder is the complete one.
+        if _writer_lives(path, ".old"):
+            continue
         if folder.exists():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            os.replace(path, folder)
+            with contextlib.suppress(OSError):  # another process is at it
+                os.replace(path, folder)
 
 
 def remove_abandoned(folder: Path, name: str = "*") -> None:
     """Remove from a folder what killed writers of its files and folders left behind; name: of one
     of them."""
     for path in folder.glob(f".{name if name == '*' else glob.escape(name)}.tmp*"):
-        process, _, machine = path.name.rpartition(".tmp")[2].partition("@")
-        if machine != platform.node():
-            living = _age(path) < ABANDONED
-        else:
-            living = (
-                process.isdigit() and int(process) != os.getpid() and process_alive(int(process))
-            )
+        living = _writer_lives(path, ".tmp")
         if not living and path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         elif not living:
             path.unlink(missing_ok=True)
+
+
+def _writer_lives(path: Path, kind: str) -> bool:
+    """Whether another process is at a temporary file or folder, by its name."""
+    process, _, where = path.name.rpartition(kind)[2].partition("@")
+    if where and where != machine():
+        return _age(path) < ABANDONED
+    return process.isdigit() and int(process) != os.getpid() and process_alive(int(process))
 
 
 def _age(folder: Path) -> float:
@@ -357,10 +386,11 @@ def link_tree(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target)
     temporary = temporary_of(target)
-    shutil.copytree(source, temporary, copy_function=_link_or_copy)
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(temporary, target)
+    try:
+        shutil.copytree(source, temporary, copy_function=_link_or_copy)
+        _take_place(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def link_if_changed(source: Path, target: Path) -> None:
