@@ -1,7 +1,7 @@
 """Something that is stored loses a bit, its end, or is gone: the next call says so or makes it
 anew, and never uses it.
 
-More of it: `BIT_FLIPS=500 python -m pytest tests/test_damage.py -m slow -s -k flip`.
+More of it: `BIT_FLIPS=500 SEED=2 python -m pytest tests/test_damage.py -m slow -s -k flip`.
 """
 
 import os
@@ -228,8 +228,8 @@ def test_damaged_shards_are_not_merged(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("harm", "count"), [(flip, 200), (cut, 40), (remove, 40)])
 def test_much_damage_is_noticed(harm, count, finished, tmp_path):
-    count = int(os.environ.get("BIT_FLIPS", count))
-    outcomes = harms(finished, tmp_path, count, 1, harm)
+    count, seed = int(os.environ.get("BIT_FLIPS", count)), int(os.environ.get("SEED", "1"))
+    outcomes = harms(finished, tmp_path, count, seed, harm)
     assert sum(outcomes.values()) == count and outcomes["named"] + outcomes["made anew"] > count / 2
 
 

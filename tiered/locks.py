@@ -138,6 +138,8 @@ def _create(path: Path, note: dict[str, str]) -> bool:
     """Make the lock's file, whole from the start; False if there is one."""
     own = temporary_of(path)
     for attempt in range(ATTEMPTS):
+        if path.exists():
+            return False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             own.write_text(json.dumps(note), encoding="utf-8")
