@@ -54,9 +54,11 @@ def serve() -> tuple[list[str], list[str]]:
     Returns in the forked process, with what it is to run; the server itself ends when its input
     does.
     """
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
     for name in (*SCRIPTS, *LATER):
         importlib.import_module(name)
-    print("ready", flush=True)
+    answers.write("ready\n")
     outputs: dict[int, Path] = {}
     while True:
         if select.select([0], [], [], 0.02)[0]:
@@ -68,7 +70,7 @@ def serve() -> tuple[list[str], list[str]]:
             if not process:
                 return become(request)
             outputs[process] = Path(request["output"])
-            print(process, flush=True)
+            answers.write(f"{process}\n")
         while outputs:
             process, status = os.waitpid(-1, os.WNOHANG)
             if not process:

@@ -201,7 +201,8 @@ def test_keys_of_the_environment_are_written_nowhere(tiny, tmp_path, monkeypatch
     for name in ("configs", "processed", "raw"):
         shutil.copytree(tiny / name, tmp_path / name)
     stages = ("process_dset", "train_det_router", "run_clm", "eval_det_router")
-    output = run_stages(tmp_path, stages, "configs/n2.yaml", "training.report_to=[wandb]")
+    tracked = ("configs/n2.yaml", "training.report_to=[wandb]")
+    output = run_stages(tmp_path, stages, *tracked, forked=False)  # it imports with the keys set
     assert secret not in output
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert any("wandb" in p.parts for p in files), "the tracker was not at work"
