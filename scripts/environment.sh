@@ -5,13 +5,13 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$ROOT/.venv}
 complete="$VENV/.complete"
-REQUIREMENTS=$ROOT/${REQUIREMENTS:-requirements.txt}
-if [ ! -f "$complete" ] || [ "$REQUIREMENTS" -nt "$complete" ] ||
+requirements=$ROOT/${REQUIREMENTS:-requirements.txt}  # REQUIREMENTS goes on to scripts called from here
+if [ ! -f "$complete" ] || [ "$requirements" -nt "$complete" ] ||
   [ "$ROOT/scripts/environment.sh" -nt "$complete" ]; then
   echo "making $VENV (a few minutes, about 2 GB)" >&2
   "${PYTHON:-python3}" -m venv "$VENV"
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
-    -r "$REQUIREMENTS" 'pytest>=9,<10' 'pytest-xdist>=3.8,<4' 'ruff>=0.17,<0.18'
+    -r "$requirements" 'pytest>=9,<10' 'pytest-xdist>=3.8,<4' 'ruff>=0.17,<0.18'
   touch "$complete"
 fi
 PYTHON=$(realpath -s "$VENV/bin/python")

@@ -22,7 +22,7 @@ def write_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"]) -> None:
     """Write tensors, sealed, as a safetensors file, atomically."""
     from safetensors.torch import save_file
 
-    held = {name: value.contiguous() for name, value in tensors.items()}
+    held = {name: value.cpu().contiguous() for name, value in tensors.items()}
     # one entry: the order of several is the library's hash map's, another in every process
     seal = {SEAL: _hash(_of_tensors(held))}
     with atomic_file(path) as temporary:
