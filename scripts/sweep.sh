@@ -12,17 +12,23 @@ while [ $# -gt 0 ]; do
     --local) local=1 ;;
     --output) output=$2 && shift ;;
     -*) echo "sweep.sh: $1: unknown option" >&2 && exit 2 ;;
-    *=*) overrides+=("$1") ;;
-    *) configs+=("$1") ;;
+    *) if [ -f "$1" ] || [[ $1 != *=* ]]; then configs+=("$1"); else overrides+=("$1"); fi ;;
   esac
   shift
 done
 [ ${#configs[@]} -gt 0 ] || { sed -n '2,4s/^# //p' "$ROOT/scripts/sweep.sh" >&2; exit 2; }
-runs=() reports= before=
+here() { # run a command; a signal is for it, which saves what it has
+  "$@" &
+  child=$!
+  while kill -0 $child 2>/dev/null; do wait $child || true; done
+  wait $child || exit $?
+}
+child= runs=() reports= before=
+trap 'kill -TERM $child 2>/dev/null || exit 143' TERM HUP INT
 for config in "${configs[@]}"; do
   echo "== $config"
   if [ -n "$local" ]; then
-    bash "$ROOT/scripts/run_local.sh" "${flags[@]}" "$config" "${overrides[@]}"
+    here bash "$ROOT/scripts/run_local.sh" "${flags[@]}" "$config" "${overrides[@]}"
   else
     submitted=$(bash "$ROOT/scripts/slurm.sh" "${flags[@]}" ${before:+--after "$before"} \
       "$config" "${overrides[@]}")
@@ -36,7 +42,7 @@ report=("$PYTHON" -m tiered.report "${runs[@]}" --output "$output")
 if [ ${#flags[@]} -gt 0 ]; then
   echo "then: ${report[*]}"
 elif [ -n "$local" ]; then
-  "${report[@]}"
+  here "${report[@]}"
 else
   sbatch --parsable --job-name=report --dependency="afterok$reports" --kill-on-invalid-dep=yes \
     "${SITE_ALL[@]}" "${SITE_CPU[@]}" --output="$output.log" --wrap "$(printf '%q ' "${report[@]}")"

@@ -87,7 +87,7 @@ def test_evaluation_reads_rows_once_and_for_mixtures_with_every_model():
     router = sum(found.router)
     assert found.router[1] == 2 * 16 * 64  # sixteen centroids of width 64
     assert found.evaluation == rows * positions * (forward_flops(found.model.parts) + router)
-    assert evaluation_memory(found) == (4 * rows * positions * 16, 0)
+    assert evaluation_memory(found) == (4 * 64 * positions * 16, 0)
     mixed = of("quickstart/n16", "eval.mixtures=[distance,bayes_cached,parameter_average]")
     passes = rows * 2 + 16 * (rows + 16 * 100)
     expected = passes * forward_flops(mixed.model.parts) + (2 * rows + 16 * 100) * router

@@ -60,9 +60,15 @@ def test_a_plan_trains_each_partition_that_has_data_and_forgets_each_set():
     assert len(found["read"].commands) == 8 and len(found["tokenise"].commands) == 14
     found = named(path)
     assert "read" not in found and found["data"].after == ()
-    assert [c.split("=")[-1] for c in found["unlearn-sets"].commands] == [
-        f"[{d}]'" for d in ("hi", "de", "zh", "ar")
+    assert [shlex.split(c)[-1] for c in found["unlearn-sets"].commands] == [
+        f'unlearn.forget=["{d}"]' for d in ("hi", "de", "zh", "ar")
     ]
+    # Norwegian's code is YAML's word for false
+    small = "configs/quickstart/n16.yaml"
+    norwegian = ('data.domains=["no",hi]', "data.repeat_domains=[hi]", "partition.n=2")
+    of_all = named(small, *norwegian, 'unlearn.forget=["no",hi]')["unlearn-sets"].commands
+    each = [load(small, (*norwegian, shlex.split(command)[-1])) for command in of_all]
+    assert [config.unlearn.forget for config in each] == [("no",), ("hi",)]
     assert found["unlearn"].commands == ("unlearn_benchmarks.py configs/c4/n16.yaml",)
     assert found["train"].kind == "gpu" and found["data"].kind == "cpu"
     assert named(path, "device=cpu")["train"].kind == "cpu"
@@ -113,12 +119,46 @@ def begun(script: str, folder: Path, *arguments: str, **more: str) -> subprocess
     return subprocess.Popen(
         ["bash", ROOT / "scripts" / script, *arguments],
         cwd=folder,
-        env={**os.environ, "VENV": str(venv), **more},
+        env={**os.environ, "VENV": str(venv), "KEEP_ENVIRONMENT": "1", **more},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+
+
+def test_the_environment_is_made_anew_for_other_requirements_and_never_by_a_job(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts/environment.sh", tmp_path / "scripts")
+    stub = tmp_path / "python"
+    stub.write_text(
+        f'#!/bin/sh\necho "$2" >>{tmp_path}/calls\n'
+        '[ "$2" != venv ] || { mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; }\n'
+    )
+    stub.chmod(0o755)
+    requirements = tmp_path / "requirements.txt"
+
+    def source(text: str, **more: str) -> tuple[int, str, int]:
+        """Exit code, what it says, and how often something was made or installed so far."""
+        requirements.write_text(text)
+        done = subprocess.run(
+            ["bash", "-c", f"source {tmp_path}/scripts/environment.sh"],
+            env={"PATH": os.environ["PATH"], "PYTHON": str(stub), **more},
+            capture_output=True,
+            text=True,
+        )
+        calls = tmp_path / "calls"
+        return done.returncode, done.stderr, len(calls.read_text().split()) if calls.exists() else 0
+
+    job = {"KEEP_ENVIRONMENT": "1"}
+    code, said, made = source("torch==1\n", **job)
+    assert code == 1 and "bash scripts/setup_node.sh makes it" in said and not made
+    assert source("torch==1\n")[2] == 2
+    assert source("# why\ntorch==1\n") == (0, "", 2)  # newer, and the same
+    code, said, made = source("torch==2\n", **job)
+    assert code == 0 and "made of other requirements; it is used as it is" in said and made == 2
+    code, said, made = source("torch==2\n")
+    assert code == 0 and "making " in said and made == 4
 
 
 def launched(
@@ -171,22 +211,24 @@ def test_a_task_that_fails_ends_the_run_with_its_last_lines(tiny, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_run_that_is_asked_to_end_ends_its_trainings_and_goes_on(number, tiny, tmp_path):
-    """Ctrl-C, or a terminal that is closed: the trainings save, nothing is left running."""
+    """Ctrl-C at a run, or a sweep alone is told that its terminal is closed: the trainings save,
+    nothing is left running."""
     for name in ("configs", "processed", "raw", "runs/n2/router", "runs/n2/partition"):
         shutil.copytree(tiny / name, tmp_path / name)
     shutil.copytree(tiny / "runs/.store", tmp_path / "runs/.store")
-    more = ("--workers", "1", "configs/n2.yaml", "training.num_train_epochs=300")
-    process = begun("run_local.sh", tmp_path, *more)
+    alone = number == signal.SIGHUP
+    script, option = ("sweep.sh", ("--local",)) if alone else ("run_local.sh", ("--workers", "1"))
+    process = begun(script, tmp_path, *option, "configs/n2.yaml", "training.num_train_epochs=300")
     log, deadline = tmp_path / "runs/n2/jobs/train-0.log", time.monotonic() + 200
     checkpoints = tmp_path / "runs/.store/models/.checkpoints"
     while not list(checkpoints.glob("*/*/hashes.json")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    os.killpg(process.pid, number)
-    os.killpg(process.pid, number)  # an impatient one
+    for _ in range(2):  # an impatient one
+        os.kill(process.pid, number) if alone else os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, errors
-    assert "asked to end: train 0; the same command goes on from there" in errors
+    assert process.returncode == 128 + (signal.SIGTERM if alone else number), errors
+    assert re.search(r"asked to end: train .*; the same command goes on from there", errors)
     assert "Traceback" not in errors
     assert re.search(r"asked to end; state saved at step \d+", log.read_text()), log.read_text()
     assert not list(tmp_path.rglob("*.lock"))

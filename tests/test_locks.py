@@ -208,7 +208,9 @@ def test_a_claim_whose_maker_died_holds_nobody_up_for_longer_than_silence(tmp_pa
     assert not path.parent.exists()
 
 
-def test_an_owner_shows_that_it_lives_and_leaves_what_is_no_longer_its_own(tmp_path, monkeypatch):
+def test_an_owner_shows_that_it_lives_and_leaves_what_is_no_longer_its_own(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(locks, "HEARTBEAT", 0.05)
     path = tmp_path / "stage.lock"
     with locked(path, "mine"):
@@ -218,6 +220,7 @@ def test_an_owner_shows_that_it_lives_and_leaves_what_is_no_longer_its_own(tmp_p
         path.unlink()
         foreign_lock(path, "77@elsewhere")
     assert json.loads(path.read_text())["owner"] == "77@elsewhere"
+    assert "mine: the lock went to another process" in capsys.readouterr().err
 
 
 def test_of_eight_that_find_a_dead_owner_one_holds_the_lock_at_a_time(tmp_path):

@@ -225,7 +225,7 @@ def serving_rows(found: Estimate) -> list[dict[str, str]]:
         ),
         "Level-1 embedder": (size(embedder), short(embedding)),
         "comparison with centroids": ("", short(comparing)),
-        "evaluation: router scores of all rows": (size(scores), ""),
+        "evaluation: router scores of a domain's rows": (size(scores), ""),
         "mixtures: log probabilities of a domain": (size(mixed) if mixed else "none", ""),
     }
     return [{"in use": n, "memory, float32": m, "FLOPs per token": f} for n, (m, f) in rows.items()]
@@ -333,7 +333,7 @@ def comparison_row(found: Estimate) -> dict[str, str]:
         "to serve one": size(model_bytes(found.model.passed)),
         "to serve all": size(model_bytes(found.model.passed) * found.models),
         "router FLOPs per token": short(sum(found.router)),
-        "router scores held": size(evaluation_memory(found)[0]),
+        "router scores of a domain": size(evaluation_memory(found)[0]),
         "evaluation FLOPs": short(found.evaluation),
         "golds, FLOPs anew": short(sum(g.anew for g in found.golds)),
         "checkpoints": size(found.disk["partition models"]),

@@ -207,12 +207,12 @@ def evaluation_flops(found: Estimate) -> float:
 
 def evaluation_memory(found: Estimate) -> tuple[float, float]:
     """Bytes of main memory that grow with n while runs are evaluated: the router's float32 scores
-    of all domains' rows, and for mixtures the float64 log probabilities of one domain's (0: none).
+    of a domain's rows, and for mixtures their float64 log probabilities (0: none).
     """
     routed, mixed = evaluation_rows(found)
-    domains = len(found.config.processed_domains)
     each = (found.config.data.block_size - 1) * found.partitions.n
-    return 4 * routed * each, 8 * routed / domains * each if mixed else 0.0
+    numbers = routed / len(found.config.processed_domains) * each
+    return 4 * numbers, 8 * numbers if mixed else 0.0
 
 
 def golds(found: Estimate, train: Trainer) -> list[Gold]:

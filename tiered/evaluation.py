@@ -505,7 +505,12 @@ def evaluate(
         oracle = oracle_of(partitions, rows)
         scores = router_scores(model, rows.input_ids, config.eval.batch_rows)
         chosen = assignments(scores, config.eval.scopes, config, oracle)
-        routed[domain] = rows, oracle, scores, chosen
+        decided.append(assign(scores, "sample", config.router.context_tokens)[:, -1].numpy())
+        accuracy: Any = UNDEFINED
+        if oracle is not None:
+            accuracy = routing_accuracy(scores, oracle, config.eval.context_lengths)
+            right.extend(decided[-1] == oracle)
+        routed[domain] = rows, chosen, accuracy  # not the scores: N times as many numbers
     whole = score_rows(
         model,
         np.concatenate([rows.input_ids for rows, *_ in routed.values()]),
@@ -513,25 +518,24 @@ def evaluate(
             # a novel domain has no oracle: none of its positions is scored
             scope: torch.cat(
                 [
-                    chosen.get(scope, torch.full(s.shape[:2], -1))
-                    for *_, s, chosen in routed.values()
+                    chosen.get(scope, torch.full(rows.input_ids[:, 1:].shape, -1))
+                    for rows, chosen, _ in routed.values()
                 ]
             )
             for scope in config.eval.scopes
-            if any(scope in chosen for *_, chosen in routed.values())
+            if any(scope in chosen for _, chosen, _ in routed.values())
         },
         config.eval.batch_rows,
         cache,
         lambda wanted: progress(wanted, "scores", "partition"),
     )
     begin = 0
-    for domain, (rows, oracle, scores, chosen) in routed.items():
+    for domain, (rows, chosen, accuracy) in routed.items():
         own = slice(begin, begin := begin + len(rows.input_ids))
         found = {s: sum_rows(rows, s, whole[s].rows(own), chosen[s]) for s in chosen}
-        domains[domain] = _domain_entry(config, data, rows, found, scores, oracle)
+        domains[domain] = _domain_entry(config, data, rows, found)
+        domains[domain]["routing_accuracy"] = accuracy
         tables.append(rows_table(found.values()))
-        decided.append(assign(scores, "sample", config.router.context_tokens)[:, -1].numpy())
-        right.extend([] if oracle is None else decided[-1] == oracle)
     result = {
         "schema": SCHEMA,
         "split": config.eval.split,
@@ -556,14 +560,11 @@ def _domain_entry(
     data: ProcessedData,
     rows: Rows,
     found: dict[str, RowScores],
-    scores: torch.Tensor,
-    oracle: np.ndarray | None,
 ) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "rows": len(rows.document_ids),
         "bytes": int(rows.token_bytes[:, 1:].sum()),
         "scopes": {},
-        "routing_accuracy": UNDEFINED,
     }
     log_probs = unigram_log_probs(data, rows.domain)
     for scope in config.eval.scopes:
@@ -571,8 +572,6 @@ def _domain_entry(
         if scope in found and float(rows.unk_share.mean()) <= MAX_UNK_SHARE:
             unigram = unigram_bpb(log_probs, rows, first_position(config, scope))
             entry["scopes"][scope] = utility_of(found[scope], unigram)
-    if oracle is not None:
-        entry["routing_accuracy"] = routing_accuracy(scores, oracle, config.eval.context_lengths)
     return entry
 
 

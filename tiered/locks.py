@@ -11,6 +11,7 @@ import glob
 import itertools
 import json
 import os
+import sys
 import threading
 import time
 import uuid
@@ -60,6 +61,12 @@ def locked(path: Path, what: str, wait: bool = True) -> Iterator[bool]:
         beat.join()
         if _read(path).get("token") == note["token"]:
             path.unlink(missing_ok=True)
+        else:
+            print(
+                f"{what}: the lock went to another process while this one gave no sign of life"
+                f" ({path}); both may have done the same work",
+                file=sys.stderr,
+            )
         with contextlib.suppress(OSError):  # others hold theirs there
             path.parent.rmdir()
 

@@ -9,6 +9,7 @@ tasks of a job array. What they make is what the scripts in order make, byte for
 """
 
 import argparse
+import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -123,7 +124,8 @@ def _unlearning_jobs(config: Config, arguments: str) -> list[Job]:
     if len(sets) < 2:
         return [gather]
     one = f"{measure} unlearn.compartments=false"
-    each = tuple(f"{one} {shlex.quote(f'unlearn.forget=[{name}]')}" for name in sets)
+    # in quotes: `no`, a language, would be read as a truth value
+    each = tuple(f"{one} {shlex.quote(f'unlearn.forget={json.dumps([name])}')}" for name in sets)
     return [Job("unlearn-sets", _node(config), ("eval",), each), gather]
 
 
