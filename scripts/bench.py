@@ -55,7 +55,7 @@ CASES = {
     "lora": ("ours", "glider", "arrow", "base"),
     "moe": ("ours", "transformers", "eager experts"),
     "recorder": ("ours", "forward"),
-    "data": ("ours", "run_clm"),
+    "data": ("ours", "run_clm", "tokenizer alone"),
     "scaling": (),  # the numbers of --partitions, the first of which the others are compared with
 }
 OLMOE_EXPERTS, OLMOE_ACTIVE = 64, 8

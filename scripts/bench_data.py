@@ -7,7 +7,8 @@ The input is made of the sample corpus: documents of four stretches each, drawn 
 of a language, so that it can be of any size and has few near duplicates. Both contenders get the
 same tokenizer and the same number of processes. The recipe loads JSON lines, tokenises them by
 `map` and cuts them into blocks by a second `map` (group_texts): no filters, no duplicates looked
-for, no splits, no counts of bytes. It is written here from its description.
+for, no splits, no counts of bytes. It is written here from its description. `tokenizer alone` is
+what neither can go below: the same lines through the same tokenizer, nothing kept.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 SHARD_BYTES = 64e6
 VOCABULARY, BLOCK = 32768, 1024
+BATCH_LINES = 1000
 POLL_SECONDS = 0.05
 
 
@@ -92,6 +96,31 @@ def recipe(files: list[str], tokenizer_folder: str, output: str, processes: int)
     tokens.map(group, batched=True, num_proc=processes).save_to_disk(output)
 
 
+def encode_lines(files: list[str], tokenizer_folder: str, share: int, processes: int) -> None:
+    """Tokenise every `processes`-th line, from `share` on, and keep nothing."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(f"{tokenizer_folder}/tokenizer.json")
+    for file in files:
+        with open(file, "rb") as lines:
+            own = (
+                json.loads(line)["text"] for line in itertools.islice(lines, share, None, processes)
+            )
+            while batch := list(itertools.islice(own, BATCH_LINES)):
+                tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+
+
+def alone(files: list[str], tokenizer_folder: str, output: str, processes: int) -> None:
+    """The tokenizer and nothing else, in as many processes."""
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        shares = [
+            pool.submit(encode_lines, files, tokenizer_folder, i, processes)
+            for i in range(processes)
+        ]
+        for share in shares:
+            share.result()
+
+
 def measured(command: list[str], folder: Path) -> dict[str, float]:
     """Wall seconds of a command, and the most memory at a time: of all its processes, and of its
     largest one (resident bytes; pages that processes share count in each)."""
@@ -128,10 +157,10 @@ def resident(pid: int) -> list[float]:
 
 def contender(kind: str, folder: Path, raw: Path, domains: list[str], processes: int) -> list[str]:
     """The command line of a contender."""
-    if kind == "run_clm":
+    if kind != "ours":
         files = sorted(str(path) for path in raw.rglob("*.jsonl"))
-        own = [str(folder / "tokenizer"), str(folder / raw.name) + ".blocks", str(processes)]
-        return [sys.executable, __file__, "--recipe", json.dumps([files, *own])]
+        own = [files, str(folder / "tokenizer"), str(folder / raw.name) + ".blocks", processes]
+        return [sys.executable, __file__, f"--{kind.replace(' ', '-')}", json.dumps(own)]
     section = {"source": str(raw), "domains": domains, "num_proc": processes}
     section |= {"block_size": BLOCK, "processed_dir": str(folder / f"{raw.name}.processed")}
     config = {"name": raw.name, "threads": 1, "device": "cpu", "data": section}
@@ -166,5 +195,7 @@ def race_data(given: argparse.Namespace, kinds: list[str], folder: Path) -> list
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--recipe"]:
-        recipe(*json.loads(sys.argv[2])[:3], int(json.loads(sys.argv[2])[3]))
+    if sys.argv[1:2] == ["--run_clm"]:
+        recipe(*json.loads(sys.argv[2]))
+    elif sys.argv[1:2] == ["--tokenizer-alone"]:
+        alone(*json.loads(sys.argv[2]))

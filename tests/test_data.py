@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.test_processing import change, make_config, make_texts, run, stored, write_corpus
-from tiered import cleaning
+from tiered import cleaning, processing
 from tiered.config import Config
 from tiered.data import ProcessedData, position_ids, processed_folder, unigram_log_probs
 from tiered.store import UserError
@@ -35,7 +35,9 @@ def config(tmp_path_factory) -> Config:
         repeat_domains=("en",),
     )
     patch = pytest.MonkeyPatch()
-    patch.setattr(cleaning, "BATCH_DOCUMENTS", 16)
+    for module in (cleaning, processing):
+        patch.setattr(module, "BATCH_DOCUMENTS", 16)
+    patch.setattr(processing, "PIECE_BYTES", 2**11)
     patch.setattr("datasets.config.DEFAULT_MAX_BATCH_SIZE", 16)
     run(config)
     patch.undo()
@@ -73,7 +75,7 @@ def test_attributes_are_those_of_the_config_and_the_stored_tokenizer(data, confi
 def test_columns_are_stored_in_several_chunks(data):
     # else the tests below would not see how chunks are joined.
     chunks = [len(offsets) - 1 for offsets, _ in data._lists("zh", "train", "input_ids")]
-    assert len(chunks) > 3 and max(chunks) <= 16
+    assert len(chunks) > 3 and max(chunks) < 32
 
 
 @pytest.mark.parametrize("split", ["train", "test", "router", "holdout"])

@@ -572,6 +572,7 @@ def test_what_comes_after_the_budget_is_not_looked_at(corpus, tmp_path, monkeypa
     found = []
     for size in (2**25, 2**12):
         monkeypatch.setattr(cleaning, "PART_BYTES", size)
+        monkeypatch.setattr(processing, "PIECE_BYTES", size)
         config = make_config(corpus, tmp_path / str(size), domains=("en",), tokens_per_domain=9000)
         manifest = run(config)["domains"]["en"]
         found.append({k: v for k, v in manifest.items() if k != "parts"})
@@ -622,7 +623,10 @@ def test_canaries_are_rows_of_the_domains_own_tokens_in_a_split_of_their_own(cor
 # --- what deletion rests on: a domain's folder is a function of its own data ---
 
 
-def test_worker_count_and_other_domains_leave_a_domain_byte_identical(corpus, tmp_path):
+def test_worker_count_and_other_domains_leave_a_domain_byte_identical(
+    corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(processing, "PIECE_BYTES", 2**12)  # several pieces of a split
     two = make_config(corpus, tmp_path / "two", domains=("en", "hi"), num_proc=1)
     run(two)
     four = make_config(corpus, tmp_path / "four", domains=("de", "en", "hi", "zh"), num_proc=2)

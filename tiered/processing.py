@@ -15,8 +15,8 @@ import hashlib
 import itertools
 import json
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Collection, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import closing
 from pathlib import Path
@@ -48,7 +48,7 @@ from tiered.data import (
     tokenizer_domains,
     tokenizer_part,
 )
-from tiered.sources import source_changed, source_files
+from tiered.sources import BATCH_DOCUMENTS, source_changed, source_files
 from tiered.store import (
     HASHES,
     TOKENIZER_RECORD,
@@ -74,6 +74,7 @@ from tiered.tokenization import (
 )
 from tiered.workers import Call, in_order, run_all, run_queue
 
+PIECE_BYTES = 2**18  # of text that a process tokenises at a time, about
 ARROW_FILE = "data-00000-of-00001.arrow"  # as save_to_disk names it
 FEATURES = datasets.Features(
     {
@@ -235,6 +236,7 @@ class SplitWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.stream = folder, None
+        self.waiting: list[pa.Table] = []  # small ones are written together
         self.counts: Counter = Counter()
         self.hashes = {name: hashlib.sha256() for name in (*FEATURES, "lengths")}
 
@@ -242,11 +244,9 @@ class SplitWriter:
         """Append documents (columns FEATURES)."""
         if not table.num_rows:
             return
-        if self.stream is None:
-            self.folder.mkdir(parents=True)
-            self.file = pa.OSFile(str(self.folder / ARROW_FILE), "wb")
-            self.stream = pa.ipc.new_stream(self.file, FEATURES.arrow_schema)
-        self.stream.write_table(table.combine_chunks())
+        self.waiting.append(table)
+        if sum(waiting.num_rows for waiting in self.waiting) >= BATCH_DOCUMENTS:
+            self._write()
         lengths = table_lengths(table)
         self.counts["documents"] += table.num_rows
         self.counts["tokens"] += int(lengths.sum())
@@ -258,9 +258,19 @@ class SplitWriter:
                 self.hashes[name].update(np.ascontiguousarray(flat, dtype="<i4").tobytes())
                 self.counts[name] += int(flat.sum(dtype=np.int64))
 
+    def _write(self) -> None:
+        if self.stream is None:
+            self.folder.mkdir(parents=True)
+            self.file = pa.OSFile(str(self.folder / ARROW_FILE), "wb")
+            self.stream = pa.ipc.new_stream(self.file, FEATURES.arrow_schema)
+        self.stream.write_table(pa.concat_tables(self.waiting).combine_chunks())
+        self.waiting = []
+
     def close(self, repeats: dict[str, int]) -> dict[str, Any]:
         """Finish the files; counts and content hash of the split with its repeats."""
         content = digest([{n: h.hexdigest() for n, h in self.hashes.items()}, repeats], 64)
+        if self.waiting:
+            self._write()
         if self.stream is not None:
             self.stream.close()
             self.file.close()
@@ -359,30 +369,43 @@ def tokenize_domain(config: Config, domain: str, pool: Executor | None = None) -
     """Write a domain's processed data: tokenised splits and its manifest."""
     folder = processed_folder(config)
     clean = read_json(clean_domain(config, domain) / "clean.json")
-    encoder = Encoder(folder / "tokenizer")
+    tokenizer = read_json(folder / "tokenizer" / TOKENIZER_RECORD)
     with atomic_folder(folder / domain) as temporary:
-        tokens = DomainWriter(config, domain, encoder.record, temporary)
-        for split in SPLITS:
-            with closing(encoded(config, domain, split, pool)) as tables:
-                for table, verdicts in tables:
-                    if not tokens.add(split, table, verdicts):
-                        break
+        tokens = DomainWriter(config, domain, tokenizer, temporary)
+        with closing(encoded(config, domain, tokens.full, pool)) as tables:
+            for split, table, verdicts in tables:
+                tokens.add(split, table, verdicts)
         manifest = clean | tokens.finish(clean)
-        manifest["tokenizer_hash"] = encoder.record["hash"]
+        manifest["tokenizer_hash"] = tokenizer["hash"]
         write_json(temporary / "manifest.json", manifest)
 
 
 def encoded(
-    config: Config, domain: str, split: str, pool: Executor | None
-) -> Iterator[tuple[pa.Table, list[str]]]:
-    """Stored columns of a split's documents in their order, and what drops the others."""
-    folder = processed_folder(config) / "tokenizer"
-    calls = (
-        (folder, *(batch[name].to_pylist() for name in ("document_id", "text")))
-        for batch in clean_batches(config, domain, *split_range(config.data, split))
-    )
-    unk = config.data.max_unk_share
-    return in_order(pool, encode_batch, ((*call, unk) for call in calls), config.data.num_proc)
+    config: Config, domain: str, full: Collection[str], pool: Executor | None
+) -> Iterator[tuple[str, pa.Table, list[str]]]:
+    """Split after split, without a pause between them: its name, stored columns of documents in
+    their order, and what drops the others. A split that is `full` meanwhile is left."""
+    folder, unk = processed_folder(config) / "tokenizer", config.data.max_unk_share
+    drawn: deque[str] = deque()
+
+    def calls() -> Iterator[tuple[Path, list[str], list[str], float]]:
+        for split in SPLITS:
+            batches = clean_batches(config, domain, *split_range(config.data, split))
+            for piece in itertools.chain.from_iterable(map(pieces, batches)):
+                if split in full:
+                    break
+                drawn.append(split)
+                yield folder, *(piece[name].to_pylist() for name in ("document_id", "text")), unk
+
+    for table, verdicts in in_order(pool, encode_batch, calls(), config.data.num_proc):
+        yield drawn.popleft(), table, verdicts
+
+
+def pieces(documents: pa.Table) -> Iterator[pa.Table]:
+    """Documents in pieces of about PIECE_BYTES: every worker has one until the last is done."""
+    rows = max(1, PIECE_BYTES * documents.num_rows // max(1, documents["text"].nbytes))
+    for begin in range(0, documents.num_rows, rows):
+        yield documents.slice(begin, rows)
 
 
 class DomainWriter:
@@ -396,25 +419,28 @@ class DomainWriter:
         self.splits = {split: SplitWriter(folder / split) for split in (*SPLITS, CANARY)}
         self.dropped: dict[str, Counter] = {split: Counter() for split in SPLITS}
         self.budget = budget_of(config.data, domain)
+        self.full: set[str] = set()  # splits that take no more
         self.eligible: dict[str, None] = {}  # in order: train documents of at least T tokens
         self.train_tokens = np.zeros(tokenizer["vocab_size"], dtype=np.int64)
 
-    def add(self, split: str, table: pa.Table, verdicts: list[str]) -> bool:
-        """Add documents of a split, those without a verdict; False when it takes no more."""
-        used, full = self.splits[split].counts["tokens"], False
+    def add(self, split: str, table: pa.Table, verdicts: list[str]) -> None:
+        """Add documents of a split, those without a verdict, unless it is full."""
+        if split in self.full:
+            return
+        used = self.splits[split].counts["tokens"]
         if split == "train" and self.budget:
             # the first documents until the budget is reached
             ends = used + np.cumsum(table_lengths(table))
             count = int(np.searchsorted(ends, self.budget)) + 1
-            full, table = count <= len(ends), table.slice(0, count)
-            if full:  # what comes after the last of them is not looked at
+            table = table.slice(0, count)
+            if count <= len(ends):  # what comes after the last of them is not looked at
+                self.full.add(split)
                 last = [i for i, why in enumerate(verdicts) if not why][count - 1]
                 verdicts = verdicts[: last + 1]
         self.dropped[split] += Counter(why for why in verdicts if why)
         self.splits[split].add(table)
         if split == "train":
             self._look_at(table)
-        return not full
 
     def _look_at(self, table: pa.Table) -> None:
         data = self.config.data
