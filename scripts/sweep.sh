@@ -18,13 +18,15 @@ while [ $# -gt 0 ]; do
 done
 [ ${#configs[@]} -gt 0 ] || { sed -n '2,4s/^# //p' "$ROOT/scripts/sweep.sh" >&2; exit 2; }
 here() { # run a command; a signal is for it, which saves what it has
+  [ -z "$asked" ] || exit 143
   "$@" &
   child=$!
+  [ -z "$asked" ] || kill -TERM $child # before it was there
   while kill -0 $child 2>/dev/null; do wait $child || true; done
   wait $child || exit $?
 }
-child= runs=() reports= before=
-trap 'kill -TERM $child 2>/dev/null || exit 143' TERM HUP INT
+asked= child= runs=() reports= before=
+trap 'asked=1; kill -TERM $child 2>/dev/null || true' TERM HUP INT
 for config in "${configs[@]}"; do
   echo "== $config"
   if [ -n "$local" ]; then

@@ -74,9 +74,7 @@ class Workers:
                 yield code, name, log
 
     def end(self) -> None:
-        """Ask all that run to end, and wait for them; a second signal does not hurry it."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        """Ask all that run to end, and wait for them; a signal does not hurry it."""
         if self.running:
             names = ", ".join(name for _, name, _ in self.running.values())
             print(f"asked to end: {names}; the same command goes on from there", file=sys.stderr)
@@ -88,8 +86,20 @@ class Workers:
         self.running.clear()
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)  # as a shell says it
+_asked: list[int] = []  # signals that have come
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    # to raise here would lose a task that is just being started, or let a second signal break off
+    # the ending of the others
+    _asked.append(number)
+
+
+def listen() -> None:
+    """Have signals noted, but for those that the caller (nohup) has this process ignore."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _note)
 
 
 def _visible() -> list[str]:
@@ -122,6 +132,8 @@ def run(found: list[Job], workers: Workers, logs: Path) -> None:
 def _run_job(job: Job, workers: Workers, logs: Path, bar: tqdm) -> None:
     waiting = list(range(len(job.commands)))
     while waiting or workers.running:
+        if _asked:
+            raise SystemExit(128 + _asked[0])  # as a shell says it
         while waiting and (worker := workers.free()) is not None:
             task = waiting.pop(0)
             workers.begin(worker, job, task, logs / f"{job.name}-{task}.log")
@@ -138,8 +150,7 @@ def _run_job(job: Job, workers: Workers, logs: Path, bar: tqdm) -> None:
 
 def main() -> None:
     """Command line."""
-    for number in SIGNALS:
-        signal.signal(number, _leave)
+    listen()
     try:
         given, config = parse(sys.argv[1:], "tiered.local_run", __doc__)
         found = jobs(config, arguments_of(given), given.reading_tasks)
