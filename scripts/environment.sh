@@ -12,6 +12,7 @@ wanted=$(grep -Ev '^ *(#.*)?$' "$requirements" && printf '%s\n' "${tools[@]}")
 if [ ! -f "$complete" ] || [ "$(cat "$complete")" != "$wanted" ]; then
   if [ -z "${KEEP_ENVIRONMENT:-}" ]; then
     echo "making $VENV (a few minutes, about 2 GB)" >&2
+    rm -f "$complete"
     "${PYTHON:-python3}" -m venv "$VENV"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements" \
       "${tools[@]}"
