@@ -563,6 +563,15 @@ def test_budget_keeps_the_first_documents_and_records_the_rest(corpus, tmp_path)
     assert cut["en"]["splits"]["test"] == full["en"]["splits"]["test"]
 
 
+def test_arrays_are_numpys_and_a_full_disk_is_called_one(tmp_path):
+    for array in (np.arange(24, dtype="<u8").reshape(4, 6), np.zeros(3, cleaning.INDEX)):
+        cleaning.save_array(tmp_path / "ours.npy", array)
+        np.save(tmp_path / "numpys.npy", array)
+        assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "numpys.npy").read_bytes()
+    with pytest.raises(OSError, match="No space left on device"):
+        cleaning.save_array(Path("/dev/full"), np.zeros(10**5))
+
+
 def test_what_comes_after_the_budget_is_not_looked_at(corpus, tmp_path, monkeypatch):
     """However documents are dealt to batches: drops behind the last document kept do not count."""
     letters = {"e": "unknown_tokens", "t": ""}

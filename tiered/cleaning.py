@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -276,7 +277,7 @@ def read_shard(config: Config, domain: str, path: str) -> tuple[int, str]:
             chunks += 1
         if _file_state(path) != before:  # its address is that of another content
             raise UserError(f"{path}: changed while it was read; run again when it is whole")
-        np.save(temporary / "verdicts.npy", np.frombuffer(bytes(verdicts), np.uint8))
+        save_array(temporary / "verdicts.npy", np.frombuffer(bytes(verdicts), np.uint8))
         record = {"file": path, "records": len(verdicts), "chunks": chunks}
         record |= {"broken": broken, "damage": damage}
         write_json(temporary / "shard.json", record)
@@ -312,19 +313,26 @@ def write_chunk(documents: list[tuple[str, int]], data: DataConfig, path: Path) 
         entry["record"], entry["bytes"] = record, len(text.encode())
     order = np.argsort(index[["position", "id"]], kind="stable")
     index, documents = index[order], [documents[i] for i in order]
-    np.save(path.with_suffix(".index.npy"), index)
+    save_array(path.with_suffix(".index.npy"), index)
     texts = pa.table({"text": pa.array([text for text, _ in documents], pa.large_string())})
     group = max(SMALLEST_GROUP, len(documents) // MOST_GROUPS)
     pq.write_table(texts, path.with_suffix(".parquet"), row_group_size=group)
     if data.near_duplicate_threshold:
         hashes = np.stack([min_hash(text) for text, _ in documents])  # (M, PERMUTATIONS)
-        np.save(path.with_suffix(".hashes.npy"), hashes)
+        save_array(path.with_suffix(".hashes.npy"), hashes)
         bands, rows = lsh_bands(data.near_duplicate_threshold)
         parts = np.ascontiguousarray(hashes[:, : bands * rows].reshape(-1, bands, rows))
         own = [
             [xxhash.xxh3_64_intdigest(part.tobytes()) for part in parts[:, b]] for b in range(bands)
         ]
-        np.save(path.with_suffix(".bands.npy"), np.array(own, dtype="<u8"))
+        save_array(path.with_suffix(".bands.npy"), np.array(own, dtype="<u8"))
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """np.save; where a disk is full the system's error says so (numpy's own writing of files tells
+    how many numbers it has written)."""
+    with open(path, "wb") as file:
+        np.lib.format.write_array(SimpleNamespace(write=file.write), array, allow_pickle=False)
 
 
 def lsh_bands(threshold: float) -> tuple[int, int]:
