@@ -13,7 +13,17 @@ import pytest
 
 from tests.conftest import STAGES, run_stages, start_stages, tiny_project
 from tiered import checkpoint
-from tiered.store import is_complete, machine, read_json, tree_hashes, verify, write_json
+from tiered.fitting import is_trained
+from tiered.locks import locked
+from tiered.store import (
+    file_hash,
+    is_complete,
+    machine,
+    read_json,
+    tree_hashes,
+    verify,
+    write_json,
+)
 
 # Enough work per stage that a poll of a few milliseconds finds it under way.
 WORK = ("training.num_train_epochs=4", "training.save_steps=5", "router.num_train_epochs=6")
@@ -92,6 +102,34 @@ def test_two_runs_that_want_one_model_train_it_once(uninterrupted, tmp_path):
         one, two = (tmp_path / f"runs/{name}/models/{k}" for name in ("n2", "other"))
         inodes = [(p / "model.safetensors").stat().st_ino for p in (one, two)]
         assert inodes[0] == inodes[1]
+
+
+def test_resume_state_that_a_killed_trainer_left_beside_its_model_goes(uninterrupted, tmp_path):
+    """But for that of a model that another process is at."""
+    for name in ("configs", "processed", "runs"):
+        shutil.copytree(uninterrupted / name, tmp_path / name)
+    store = tmp_path / "runs/.store"
+    hashes = {
+        file_hash(path)
+        for part in ("router", "models")
+        for path in (tmp_path / "runs/n2" / part).rglob("*.safetensors")
+    }
+    trained = [
+        path.parent
+        for kind in ("embedders", "models")
+        for path in sorted(store.glob(f"{kind}/*/model.safetensors"))
+        if file_hash(path) in hashes  # not of a gold, which these stages do not look at
+    ]
+    assert len(trained) == 3
+    left = [path.parent / ".checkpoints" / path.name for path in trained]
+    for path in left:
+        (path / "checkpoint-00000005").mkdir(parents=True)
+    held = trained[-1]
+    with locked(held.parent / ".locks" / f"{held.name}.lock", "test"):
+        run_stages(tmp_path, ("train_det_router", "run_clm"), CONFIG, *WORK)
+    assert [path for path in left if path.exists()] == left[-1:]
+    assert is_trained(held)
+    assert not left[-1].exists()
 
 
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, capsys):

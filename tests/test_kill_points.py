@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import STAGES, run_stages, start_stages, tiny_project
 from tests.forks import Forked, fork
-from tiered.store import TIMINGS, file_hash
+from tiered.store import TIMINGS, file_hash, is_complete
 
 CONFIG = "configs/n2.yaml"
 WORK = ("training.num_train_epochs=2", "training.save_steps=5", "router.num_train_epochs=4")
@@ -86,6 +86,12 @@ def killed(folder: Path, stage: str, calm: Calm, chance: random.Random) -> str |
     return where if process.returncode else None
 
 
+def unpublished(checkpoint: Path) -> bool:
+    """Whether a whole checkpoint is of a model that is not published yet."""
+    model = checkpoint.parents[2] / checkpoint.parent.name
+    return is_complete(checkpoint) and not is_complete(model)
+
+
 def recovered(folder: Path, stage: str, calm: Calm, seed: int) -> int:
     """Kill a stage once or several times, and let it end; how many kills it had. Fails unless what
     is there then is what the calm run made, byte for byte."""
@@ -98,7 +104,7 @@ def recovered(folder: Path, stage: str, calm: Calm, seed: int) -> int:
             shutil.rmtree(folder)
             shutil.copytree(calm.before, folder)
             points.clear()
-    saved = any(folder.glob("runs/.store/*/.checkpoints/*/checkpoint-*/hashes.json"))
+    saved = any(map(unpublished, folder.glob("runs/.store/*/.checkpoints/*/checkpoint-*")))
     output = run_stages(folder, (stage,), CONFIG, *WORK)
     told = f"{stage}, seed {seed}, killed at {points}\n{output}"
     print(f"{stage}: {'; '.join(points)}")

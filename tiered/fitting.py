@@ -266,7 +266,33 @@ class Fit:
     @property
     def checkpoints(self) -> Path:
         """Resume state; removed when the model is published."""
-        return self.folder.parent / ".checkpoints" / self.folder.name
+        return _checkpoints(self.folder)
+
+
+def _checkpoints(folder: Path) -> Path:
+    return folder.parent / ".checkpoints" / folder.name
+
+
+def _lock(folder: Path) -> Path:
+    return folder.parent / ".locks" / f"{folder.name}.lock"
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether a model is published in a folder of the store.
+
+    The resume state of a trainer that was killed just then is removed, unless another process is
+    training the model anew or the store may only be read.
+    """
+    if not is_complete(folder):
+        return False
+    left = _checkpoints(folder)
+    if is_main_process() and left.is_dir():
+        with (
+            contextlib.suppress(UserError, OSError),
+            locked(_lock(folder), f"what is left of training {folder.name}", wait=False),
+        ):
+            shutil.rmtree(left)
+    return True
 
 
 def fit(
@@ -296,8 +322,10 @@ def _only_trainer(config: Config, job: Fit) -> Iterator[bool]:
     with contextlib.ExitStack() as stack:
         made = [False]
         if is_main_process():
-            lock = job.folder.parent / ".locks" / f"{job.folder.name}.lock"
-            made = [stack.enter_context(locked(lock, job.label)) and is_complete(job.folder)]
+            waited = stack.enter_context(locked(_lock(job.folder), job.label))
+            made = [waited and is_complete(job.folder)]
+            if made[0]:  # by one that was killed then, perhaps
+                shutil.rmtree(job.checkpoints, ignore_errors=True)
         wait_for_ranks(config)
         if world_size() > 1:
             torch.distributed.broadcast_object_list(made, device=device_of(config))

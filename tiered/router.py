@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from tiered.clusters import document_vectors, fit_tfidf, fitted_documents, write_clusters
 from tiered.config import CANARY, SPLITS, Config, plain
 from tiered.data import ProcessedData
-from tiered.fitting import Fit, OrderedBlocks, fit
+from tiered.fitting import Fit, OrderedBlocks, fit, is_trained
 from tiered.modeling_tiered import (
     Level1Config,
     Level1Embedder,
@@ -153,7 +153,7 @@ def train_embedder(config: Config, data: ProcessedData) -> Path | None:
     folder = embedder_folder(config, data)
     if folder is None:
         return None
-    if is_complete(folder) and not config.overwrite:
+    if is_trained(folder) and not config.overwrite:
         verify(folder)
         return folder
     if config.router.embedder == "tfidf":

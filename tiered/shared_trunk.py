@@ -20,7 +20,7 @@ from tiered import branching
 from tiered.blocks import excluded_in, partition_blocks, training_arguments, training_facts
 from tiered.config import Config
 from tiered.data import ProcessedData
-from tiered.fitting import Fit, fit
+from tiered.fitting import Fit, fit, is_trained
 from tiered.joint import JointTrainer, LabelledBlocks, micro_batch_rows
 from tiered.methods import MODELS
 from tiered.partition import PartitionMap
@@ -104,7 +104,7 @@ def train_whole(config: Config, data: ProcessedData, partitions: PartitionMap) -
     for every configured partition, so that the others begin alike whichever have none.
     """
     folder = whole_folder(config, data, partitions)
-    if is_complete(folder) and (folder in _renewed or not config.overwrite):
+    if is_trained(folder) and (folder in _renewed or not config.overwrite):
         verify(folder)
         return folder
     present, blocks, labels, counts = _present(data, partitions), [], [], {}

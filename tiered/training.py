@@ -25,7 +25,7 @@ from tiered.blocks import (
 )
 from tiered.config import HAVE_EXPERTS, Config
 from tiered.data import ProcessedData
-from tiered.fitting import Fit, OrderedBlocks, fit
+from tiered.fitting import Fit, OrderedBlocks, fit, is_trained
 from tiered.joint import BalancedBlocks, micro_batch_rows
 from tiered.methods import MODELS
 from tiered.nearest import nearest_partition
@@ -220,7 +220,7 @@ def train_partition(
         return None
     part = shared_trunk.is_shared(config) and not adapts(config, partitions, k)
     # ranks wait for one another where parts are published: none may pass by that
-    if is_complete(folder) and not config.overwrite and not (part and world_size() > 1):
+    if is_trained(folder) and not config.overwrite and not (part and world_size() > 1):
         verify(folder)
         return folder
     if part:

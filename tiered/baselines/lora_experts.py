@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tiered import branching
 from tiered.baselines.modeling_lora_experts import LoraExpertsForCausalLM, linear_names
 from tiered.config import Config
-from tiered.fitting import Fit, OrderedBlocks, fit
+from tiered.fitting import Fit, OrderedBlocks, fit, is_trained
 from tiered.methods import plain_card
 from tiered.record import world_size
-from tiered.store import TIMINGS, digest, is_complete, read_json, seed_of, verify
+from tiered.store import TIMINGS, digest, read_json, seed_of, verify
 
 ADAPTER, VECTORS = "adapter", "vectors.safetensors"
 MEAN_ROWS = 64  # training blocks whose activations are averaged
@@ -93,7 +93,7 @@ def _train_adapter(config: Config, job: Fit, start: Path, ordered: OrderedBlocks
     """Folder of the adapter alone in the store, trained if it is not there yet."""
     # everything that decides it is in the model's own address
     folder = config.store_dir / "adapters" / digest([job.folder.name, "adapter"])
-    if is_complete(folder) and not config.overwrite:
+    if is_trained(folder) and not config.overwrite:
         verify(folder)
         return folder
     own = Fit(folder, f"{job.label} adapter", job.seed, dict(job.arguments))
