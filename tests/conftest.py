@@ -15,6 +15,7 @@ import pytest
 from tests.forks import STAGES as STAGES_SCRIPT
 from tests.forks import Forked, fork
 from tiered.domains import CODES
+from tiered.locks import locked
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -126,12 +127,24 @@ def run_stages(folder: Path, stages, *arguments, forked: bool = True) -> str:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A finished tiny pipeline: n = 1, 2 (family), 4 (language), 2 (random documents),
-    4 (clusters)."""
+    4 (clusters). Made once; each of pytest-xdist's workers has a copy of its own."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with locked(shared / ".locks/tiny.lock", "tiny pipeline"):
+        if not (shared / "tiny").exists():
+            making = tmp_path_factory.mktemp("making")
+            tiny_project(making)
+            experiments = [f"configs/{name}.yaml" for name in TINY_EXPERIMENTS]
+            (making / "output.txt").write_text(run_stages(making, STAGES, *experiments))
+            making.rename(shared / "tiny")
     folder = tmp_path_factory.mktemp("tiny")
-    tiny_project(folder)
-    experiments = [f"configs/{name}.yaml" for name in TINY_EXPERIMENTS]
-    (folder / "output.txt").write_text(run_stages(folder, STAGES, *experiments))
+    copied(shared / "tiny", folder)
     return folder
+
+
+def copied(source: Path, target: Path) -> None:
+    """Copy a project as it is, hard links and times included."""
+    subprocess.run(["cp", "-a", "-T", source, target], check=True)
 
 
 def brute_ngrams(pieces: list[bytes], buckets: int, longest: int) -> list[tuple[int, int]]:

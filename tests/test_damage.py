@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import STAGES, run_stages, start_stages, tiny_project
+from tests.conftest import STAGES, copied, run_stages, start_stages, tiny_project
 from tests.forks import fork
 from tests.test_kill_points import made
 from tiered.store import file_hash
@@ -94,11 +93,6 @@ def by_kind(folder: Path, *roots: str) -> dict[str, list[Path]]:
                     found.setdefault(kind(path, folder), []).append(path)
                 seen.add(state.st_ino)
     return found
-
-
-def copied(source: Path, target: Path) -> None:
-    """A copy whose files are as many, under as many names, as the original's."""
-    subprocess.run(["cp", "-a", source, target], check=True)
 
 
 def flip(path: Path, chance: random.Random) -> str:
