@@ -281,7 +281,8 @@ def is_trained(folder: Path) -> bool:
     """Whether a model is published in a folder of the store.
 
     The resume state of a trainer that was killed just then is removed, unless another process is
-    training the model anew or the store may only be read.
+    training the model anew or the store may only be read. Not to be asked under `overwrite`: there
+    the state may be that of the new training.
     """
     if not is_complete(folder):
         return False

@@ -153,7 +153,7 @@ def train_embedder(config: Config, data: ProcessedData) -> Path | None:
     folder = embedder_folder(config, data)
     if folder is None:
         return None
-    if is_trained(folder) and not config.overwrite:
+    if not config.overwrite and is_trained(folder):
         verify(folder)
         return folder
     if config.router.embedder == "tfidf":

@@ -104,7 +104,7 @@ def train_whole(config: Config, data: ProcessedData, partitions: PartitionMap) -
     for every configured partition, so that the others begin alike whichever have none.
     """
     folder = whole_folder(config, data, partitions)
-    if is_trained(folder) and (folder in _renewed or not config.overwrite):
+    if (folder in _renewed or not config.overwrite) and is_trained(folder):
         verify(folder)
         return folder
     present, blocks, labels, counts = _present(data, partitions), [], [], {}

@@ -220,7 +220,7 @@ def train_partition(
         return None
     part = shared_trunk.is_shared(config) and not adapts(config, partitions, k)
     # ranks wait for one another where parts are published: none may pass by that
-    if is_trained(folder) and not config.overwrite and not (part and world_size() > 1):
+    if not config.overwrite and not (part and world_size() > 1) and is_trained(folder):
         verify(folder)
         return folder
     if part:

@@ -93,7 +93,7 @@ def _train_adapter(config: Config, job: Fit, start: Path, ordered: OrderedBlocks
     """Folder of the adapter alone in the store, trained if it is not there yet."""
     # everything that decides it is in the model's own address
     folder = config.store_dir / "adapters" / digest([job.folder.name, "adapter"])
-    if is_trained(folder) and not config.overwrite:
+    if not config.overwrite and is_trained(folder):
         verify(folder)
         return folder
     own = Fit(folder, f"{job.label} adapter", job.seed, dict(job.arguments))
