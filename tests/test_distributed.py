@@ -170,7 +170,7 @@ def test_every_killed_training_was_resumed_and_not_begun_anew(fits):
     assert resumed == ["4"] * 12
 
 
-@pytest.mark.parametrize("shard", ["false", "true"])
+@pytest.mark.parametrize("shard", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_run_clm_trains_under_torchrun(shard, tiny, tmp_path):
     """Twice the rows per step, half the steps, one published model that loads and is finite."""
     for name in ("configs", "processed"):

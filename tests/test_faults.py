@@ -56,13 +56,19 @@ def with_router(uninterrupted: Path, folder: Path) -> Callable[[], bool]:
     return lambda: any(folder.glob("runs/.store/models/.checkpoints/*/checkpoint-*/hashes.json"))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("processes", "anew"), [(1, True), pytest.param(2, False, marks=pytest.mark.slow)]
+)
 def test_a_training_that_is_asked_to_end_saves_and_goes_on_from_there(
-    processes, uninterrupted, tmp_path
+    processes, anew, uninterrupted, tmp_path
 ):
-    """SIGTERM to the one process, or to all of a group as Slurm sends it."""
-    under_way, more = with_router(uninterrupted, tmp_path), f"training.num_proc={processes}"
-    process = begun(tmp_path, "run_clm", under_way, more, "training.save_steps=30")
+    """SIGTERM to the one process, or to all of a group as Slurm sends it. Also where a model stands
+    that is made anew: its resume state is then no leftover."""
+    under_way = with_router(uninterrupted, tmp_path)
+    if anew:
+        shutil.copytree(uninterrupted / "runs", tmp_path / "runs", dirs_exist_ok=True)
+    more = (f"training.num_proc={processes}", "training.save_steps=30", f"overwrite={anew}".lower())
+    process = begun(tmp_path, "run_clm", under_way, *more)
     (os.kill if processes == 1 else os.killpg)(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 143, output
@@ -70,7 +76,7 @@ def test_a_training_that_is_asked_to_end_saves_and_goes_on_from_there(
     saved = re.findall(r"asked to end; state saved at step (\d+)", output)
     assert saved and all(int(step) % 30 for step in saved), output
     assert not list(tmp_path.rglob("*.lock"))
-    output = run_stages(tmp_path, ("run_clm",), CONFIG, *WORK, more, "training.save_steps=30")
+    output = run_stages(tmp_path, ("run_clm",), CONFIG, *WORK, *more)
     # two processes resume in any order
     assert sorted(re.findall(r"resuming from step (\d+)", output)) == sorted(saved)
     for k in ("0", "1"):

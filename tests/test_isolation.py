@@ -222,7 +222,7 @@ def run_here(world: Path, stages: tuple[str, ...], monkeypatch, *overrides: str)
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("planted", [False, True])
+@pytest.mark.parametrize("planted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_generator_shared_by_partitions_breaks_isolation(worlds, planted, monkeypatch):
     for world in worlds:
         run_here(world, ("process_dset",), monkeypatch)

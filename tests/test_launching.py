@@ -211,7 +211,9 @@ def test_a_task_that_fails_ends_the_run_with_its_last_lines(tiny, tmp_path):
     assert not (tmp_path / "runs/n2/jobs/eval-0.log").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_asked_to_end_ends_its_trainings_and_goes_on(number, tiny, tmp_path):
     """Ctrl-C at a run, or a sweep alone is told that its terminal is closed: the trainings save,
     nothing is left running."""

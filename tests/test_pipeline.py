@@ -214,6 +214,7 @@ def test_rerun_trains_nothing_and_repeats_every_metric(tiny):
     assert before == after
 
 
+@pytest.mark.slow
 def test_models_trained_at_the_same_time_are_the_same(tiny, tmp_path):
     """training.num_proc = 2: partition models, gold models and metrics bit for bit."""
     tiny_project(tmp_path)
