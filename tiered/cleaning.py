@@ -317,6 +317,8 @@ def write_chunk(documents: list[tuple[str, int]], data: DataConfig, path: Path) 
     texts = pa.table({"text": pa.array([text for text, _ in documents], pa.large_string())})
     group = max(SMALLEST_GROUP, len(documents) // MOST_GROUPS)
     pq.write_table(texts, path.with_suffix(".parquet"), row_group_size=group)
+    del texts
+    pa.default_memory_pool().release_unused()  # a worker would hold it to its end
     if data.near_duplicate_threshold:
         hashes = np.stack([min_hash(text) for text, _ in documents])  # (M, PERMUTATIONS)
         save_array(path.with_suffix(".hashes.npy"), hashes)
@@ -596,27 +598,31 @@ def write_parts(chunks: list[Chunk], folder: Path) -> int:
     parts = 2 ** max(0, math.ceil(math.log2(max(1, size) / PART_BYTES)))
     for part in range(parts):
         edges = [int(POSITIONS) // parts * edge for edge in (part, part + 1)]
-        entries, texts = [np.zeros(0, INDEX)], []
-        for chunk in chunks:
-            index = chunk.index()
-            low, high = np.searchsorted(index["position"], edges)
-            kept = np.flatnonzero(chunk.kept[low:high])
-            if len(kept):
-                entries.append(index[low:high][kept])
-                texts.append(chunk.texts(low, high).take(pa.array(kept)))
-        index = np.concatenate(entries)
-        order = np.argsort(index[["position", "id"]], kind="stable")
-        texts = pa.chunked_array(texts, pa.large_string()) if texts else []
-        columns = {
-            "position": pa.array(index["position"][order], pa.uint64()),
-            "document_id": pa.array(
-                [f"{i:016x}" for i in index["id"][order].tolist()], pa.string()
-            ),
-            "text": texts.take(pa.array(order)) if len(order) else pa.array([], pa.large_string()),
-        }
         path = folder / f"part-{part:05d}.parquet"
-        pq.write_table(pa.table(columns), path, row_group_size=BATCH_DOCUMENTS)
+        pq.write_table(part_table(chunks, *edges), path, row_group_size=BATCH_DOCUMENTS)
+        pa.default_memory_pool().release_unused()
     return parts
+
+
+def part_table(chunks: list[Chunk], begin: int, end: int) -> pa.Table:
+    """The documents that are kept at positions [begin, end), in the order of position and id."""
+    entries, texts = [np.zeros(0, INDEX)], [pa.chunked_array([], pa.large_string())]
+    for chunk in chunks:
+        index = chunk.index()
+        low, high = np.searchsorted(index["position"], [begin, end])
+        kept = np.flatnonzero(chunk.kept[low:high])
+        if len(kept):
+            entries.append(index[low:high][kept])
+            texts.append(chunk.texts(low, high).take(pa.array(kept)))
+    index = np.concatenate(entries)
+    order = np.argsort(index[["position", "id"]], kind="stable")
+    names = [f"{i:016x}" for i in index["id"][order].tolist()]
+    columns = {
+        "position": pa.array(index["position"][order], pa.uint64()),
+        "document_id": pa.array(names, pa.string()),
+        "text": pa.chunked_array(texts, pa.large_string()).take(pa.array(order)),
+    }
+    return pa.table(columns)
 
 
 def clean_done(config: Config, domain: str) -> bool:
