@@ -16,7 +16,7 @@ ALLOWED = {
     "sources": {"config", "hub", "store"},
     "tokenization": {"hub", "store"},
     "processing": {
-        *("cleaning", "config", "data", "sources", "store", "tokenization", "workers"),
+        *("cleaning", "config", "data", "locks", "sources", "store", "tokenization", "workers"),
     },
     "data": {"config", "domains", "store"},
     "modeling_tiered": set(),

@@ -342,6 +342,29 @@ def test_a_shard_holds_what_is_left_of_a_file_and_goes_when_it_is_merged(corpus,
     assert not list((tmp_path / "out").rglob(".shards/en/*"))
 
 
+def test_a_merge_that_another_process_has_just_made_is_taken(corpus, tmp_path, monkeypatch):
+    """It removes the shards while this one is at them: all of them are gone, or some."""
+    shutil.copytree(corpus / "en", tmp_path / "raw/en")
+    config = make_config(tmp_path / "raw", tmp_path / "out", domains=("en",))
+    (path,) = (tmp_path / "raw/en").iterdir()
+    run(config)
+    clean, done = tree_hashes(cleaning.clean_folder(config, "en")), cleaning.clean_done
+    for name in ("hashes.json", "shard.json", "verdicts.npy", "00000.index.npy"):
+        cleaning.read_shard(config, "en", str(path))
+        asked: list[bool] = []
+
+        def late(config, domain, name=name, asked=asked):
+            if not asked:  # it is merged behind this one's back
+                (cleaning.shard_folder(config, domain, str(path)) / name).unlink()
+            asked.append(done(config, domain))
+            return len(asked) > 1 and asked[-1]
+
+        monkeypatch.setattr(cleaning, "clean_done", late)
+        monkeypatch.setattr(cleaning, "read_shard", lambda *_: (120, ""))  # it was there
+        assert tree_hashes(cleaning.clean_domain(config, "en")) == clean and len(asked) == 2
+        monkeypatch.undo()
+
+
 def test_a_file_that_changes_while_it_is_read_is_no_shard(corpus, tmp_path, monkeypatch):
     """Copied once more in place: cut when its records are read, whole when its hash was made."""
     path = tmp_path / "raw" / "en" / "part-0.jsonl"

@@ -642,9 +642,10 @@ def clean_domain(config: Config, domain: str, overwrite: bool = False) -> Path:
         return folder
     try:
         _merge(config, domain)
-    except FileNotFoundError:
-        # another process that merged the same shards was quicker, and has removed them
-        if not clean_done(config, domain):
+    except (FileNotFoundError, UserError) as error:
+        # another process that merged the same shards was quicker, and has removed them, or some
+        mine = overwrite and isinstance(error, UserError)
+        if mine or not clean_done(config, domain):
             raise
     _remove_shards(config, domain)
     return folder

@@ -48,6 +48,7 @@ from tiered.data import (
     tokenizer_domains,
     tokenizer_part,
 )
+from tiered.locks import locked
 from tiered.sources import BATCH_DOCUMENTS, source_changed, source_files
 from tiered.store import (
     HASHES,
@@ -656,21 +657,22 @@ def tokenize_domains(config: Config, pool: Executor | None, tokenizer_hash: str)
 
 def write_manifest(config: Config, tokenizer: dict[str, Any]) -> dict[str, Any]:
     """Merge the manifests of all complete domain folders made by this tokenizer, and write it."""
-    folder = processed_folder(config)
-    domains = {}
-    for path in sorted(folder.glob("*/manifest.json")):
-        if path.parent.name.startswith("."):
-            continue  # a living writer's temporary folder
-        manifest = read_json(path)
-        if is_complete(path.parent) and manifest["tokenizer_hash"] == tokenizer["hash"]:
-            domains[path.parent.name] = manifest
-    manifest = {
-        "key": processed_key(config),
-        "config": key_parts(config),
-        "tokenizer": tokenizer,
-        "domains": domains,
-    }
-    write_json(folder / "manifest.json", manifest)
+    folder, domains = processed_folder(config), {}
+    # of two writers the later one has seen the domains of the other
+    with locked(folder / ".locks" / "manifest.lock", f"{folder}: manifest"):
+        for path in sorted(folder.glob("*/manifest.json")):
+            if path.parent.name.startswith("."):
+                continue  # a living writer's temporary folder
+            manifest = read_json(path)
+            if is_complete(path.parent) and manifest["tokenizer_hash"] == tokenizer["hash"]:
+                domains[path.parent.name] = manifest
+        manifest = {
+            "key": processed_key(config),
+            "config": key_parts(config),
+            "tokenizer": tokenizer,
+            "domains": domains,
+        }
+        write_json(folder / "manifest.json", manifest)
     return manifest
 
 
