@@ -18,8 +18,8 @@ from tiered.data import ProcessedData
 from tiered.fitting import Fit, OrderedBlocks, fit
 from tiered.methods import MODELS
 from tiered.partition import make_partition_map
-from tiered.store import UserError, read_json
-from tiered.training import seed_inputs
+from tiered.store import UserError, read_json, write_json
+from tiered.training import check_models, seed_inputs
 
 DATA = types.SimpleNamespace(vocab_size=40, pad_id=0, separator_id=1)
 IDS = torch.randint(2, 40, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -348,6 +348,26 @@ def test_deletion_knows_what_the_seed_lm_saw(branched):
     # a seed LM from outside stays as it is, in gold too: exact given it
     assert result("o2", "sisa")["exact"]
     assert result("o2", "sisa")["exact_given"] == ["tokenizer", "seed_lm"]
+
+
+def test_partitions_that_start_from_different_seed_lms_are_refused(branched, tmp_path, monkeypatch):
+    """As nodes of two kinds make them; a seed LM under another name with equal weights is none."""
+    monkeypatch.chdir(branched)
+    config = load("configs/b2.yaml")
+    data, partitions = ProcessedData(config), make_partition_map(config)
+    folders = {k: branched / f"runs/b2/models/{k}" for k in (0, 1)}
+    check_models(config, data, partitions, folders)
+    shutil.copytree(folders[1], tmp_path / "1")
+    record = read_json(tmp_path / "1/record.json")
+    store = config.store_dir / "models"
+    (store / "other").mkdir()
+    shutil.copy(store / record["seed"]["from"] / "hashes.json", store / "other")
+    record["seed"]["from"] = "other"
+    write_json(tmp_path / "1/record.json", record)
+    check_models(config, data, partitions, {**folders, 1: tmp_path / "1"})
+    shutil.rmtree(store / "other")
+    with pytest.raises(UserError, match="start from 2 different seed LMs"):
+        check_models(config, data, partitions, {**folders, 1: tmp_path / "1"})
 
 
 def test_another_seed_lm_is_another_model(branched, monkeypatch):

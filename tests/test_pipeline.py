@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import STAGES, TINY_EXPERIMENTS, run_stages, start_stages, tiny_project
+from tiered import training
 from tiered.blocks import partition_blocks
 from tiered.config import Config, load
 from tiered.data import ProcessedData, unigram_log_probs
@@ -22,6 +23,8 @@ from tiered.partition import make_partition_map
 from tiered.runs import point
 from tiered.store import is_complete, tree_hashes
 from tiered.training import model_folder
+from tiered.unlearning.benchmark import forget_sets, missing_golds, open_run, seeded
+from tiered.unlearning.deletion import models_without
 
 OPERATIONS = Config().unlearn.operations
 
@@ -226,6 +229,32 @@ def test_models_trained_at_the_same_time_are_the_same(tiny, tmp_path):
         assert tree_hashes(found) == tree_hashes(expected), output
     for name in ("metrics.json", "eval/utility.json"):
         assert (tmp_path / "runs/n2" / name).read_bytes() == (tiny / "runs/n2" / name).read_bytes()
+
+
+def test_gold_takes_models_that_another_machine_computed(tiny, tmp_path, monkeypatch):
+    """What the domain never touched is the run's own, whatever computed it; only under another seed
+    or `overwrite` is it trained again."""
+    shutil.copytree(tiny, tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path / "tiny")
+    config = load("configs/n2.yaml", ("training.num_proc=2",))
+    context = open_run(config)
+    (forget,) = forget_sets(context)
+    (touched,) = context.touched(forget)
+    before, _ = models_without(context, forget)
+    assert not missing_golds(config)
+    monkeypatch.setattr(training, "training_environment", lambda config: ["another machine"])
+    (call,) = missing_golds(config).values()
+    assert call[0] is training.train_apart and call[2] == touched
+    models, _ = models_without(context, forget)
+    made = list(Path("runs/.store/models").glob("*/model.safetensors"))
+    for k, path in models.items():
+        assert tree_hashes(path) == tree_hashes(before[k])
+        assert (path == context.models[k]) == (k != touched)
+    assert len(made) == 1 + len(list((tiny / "runs/.store/models").glob("*/model.safetensors")))
+    standing = context.standing(context.without(forget))
+    assert standing == {k: p for k, p in context.models.items() if k != touched}
+    assert not seeded(context, 1).standing(seeded(context, 1).without(forget))
+    assert not context.standing(replace(context.without(forget), overwrite=True))
 
 
 def test_some_documents_are_removed_by_retraining_what_held_them(tiny, tmp_path):

@@ -119,10 +119,12 @@ def outside(name: str, key: str, kept: tuple[str, ...]) -> tuple[Path, str]:
     folder = Path(name)
     if not folder.is_dir():
         try:
-            from huggingface_hub import snapshot_download
+            from tiered.hub import snapshot  # its client takes a second to import
 
-            wanted = ["*.json", "*.safetensors", "*.model", "*.txt"]
-            folder = Path(snapshot_download(name, allow_patterns=wanted))
+            wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+            folder = Path(snapshot(name, "", wanted))
+        except UserError:  # the hub does not answer
+            raise
         except Exception as error:  # the hub client has a dozen of them
             raise UserError(
                 f"{key}: {name!r} is neither a folder nor a model that the hub gives"

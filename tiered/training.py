@@ -40,6 +40,7 @@ from tiered.record import (
 from tiered.recorder import RoutingRecorder
 from tiered.shared_trunk import founding
 from tiered.store import (
+    HASHES,
     TOKENIZER_RECORD,
     UserError,
     code_hash,
@@ -200,12 +201,27 @@ def check_models(
                 f" python run_clm.py CONFIG partition.index={k}"
             )
     records = {k: read_json(folder / "record.json") for k, folder in folders.items()}
+    seeds = {_seed_weights(config, r["seed"]["from"]) for r in records.values() if r.get("seed")}
+    if len(seeds) > 1:
+        raise UserError(
+            f"{config.run_dir / 'models'}: the partitions' models start from {len(seeds)} different"
+            " seed LMs, as machines of several kinds make them; run on one kind:"
+            " python run_clm.py CONFIG"
+        )
     trunks = {r["shared_trunk"] for r in records.values() if "shared_trunk" in r}
     if len(trunks) > 1:
         raise UserError(
             f"{config.run_dir / 'models'}: the partitions' models are of {len(trunks)} trunks;"
             " run: python run_clm.py CONFIG"
         )
+
+
+def _seed_weights(config: Config, name: str) -> str:
+    """What tells a seed LM of the store from another: its weights; its name where it is not there
+    (any more, or one from outside)."""
+    path = config.store_dir / "models" / name / HASHES
+    hashes = read_json(path) if path.is_file() else {}
+    return digest([v for n, v in hashes.items() if n.endswith(".safetensors")] or name)
 
 
 def train_partition(
@@ -305,7 +321,7 @@ def _in_order(
     epochs, section = config.training.num_train_epochs, config.training
     if not section.balanced:
         return OrderedBlocks(blocks, epochs, job.seed, separator)
-    micro_batches = section.gradient_accumulation_steps * world_size()
+    micro_batches = section.gradient_accumulation_steps
     per_step = job.arguments["per_device_train_batch_size"] * micro_batches
     configured = len(partitions.members[k])
     rows = micro_batch_rows(per_step, configured, len(counts), micro_batches, "domains")

@@ -182,8 +182,11 @@ def missing_gold_seeds(config: Config) -> dict[Path, Call]:
 def missing_golds(config: Config) -> dict[Path, Call]:
     """Calls that train what else the gold retrains of a finished run still lack."""
     calls: dict[Path, Call] = {}
+    context = open_run(config)
     for without in _gold_configs(config):
-        calls |= missing_models(without, range(config.num_partitions)) | missing_embedder(without)
+        standing = context.standing(without)
+        wanted = [k for k in range(config.num_partitions) if k not in standing]
+        calls |= missing_models(without, wanted) | missing_embedder(without)
     return calls
 
 

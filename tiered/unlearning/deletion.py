@@ -15,7 +15,7 @@ from tiered.metrics import NOT_APPLICABLE
 from tiered.partition import cluster_map
 from tiered.router import build_clusters, build_router, load_router, save_router
 from tiered.store import TIMINGS, content_hash, digest, is_complete, read_json
-from tiered.training import train_partition, train_seed
+from tiered.training import model_folder, train_partition, train_seed
 from tiered.unlearning.systems import Context, Forget, NotApplicable, Outcome, recorded_cost
 
 
@@ -141,15 +141,21 @@ def models_without(
     context: Context, forget: Forget, overwrite: bool = False
 ) -> tuple[dict[int, Path], Path | None]:
     """Models of a world without the domain and its own seed LM (None: there is none); only gold
-    trains anew under `overwrite`."""
+    trains anew under `overwrite`.
+
+    Where the run's models were computed elsewhere (another machine, torchrun), those that the
+    domain never touched are taken as they are.
+    """
     config = replace(context.without(forget), overwrite=overwrite)
     data = ProcessedData(config)
-    seed = train_seed(config, data)
+    seed, standing = train_seed(config, data), context.standing(config)
     models = {}
     for k in range(context.partitions.n):
-        folder = train_partition(config, data, context.partitions, k)
-        if folder is not None:
-            models[k] = folder
+        folder = model_folder(config, data, context.partitions, k)
+        if k in standing and not is_complete(folder):
+            models[k] = standing[k]
+        elif folder is not None:
+            models[k] = train_partition(config, data, context.partitions, k)
     return models, seed if has_own_seed(config) else None
 
 

@@ -36,6 +36,7 @@ from tiered.store import (
     verify,
     write_json,
 )
+from tiered.training import model_inputs
 
 
 class NotApplicable(Exception):
@@ -71,6 +72,19 @@ class Context:
         if not forget.documents:
             return self.config.without(forget.domain)
         return replace(self.config, data=replace(self.config.data, exclude_documents=forget.path))
+
+    def standing(self, config: Config) -> dict[int, Path]:
+        """Models of the run that a training under `config` would make again: they agree in every
+        input, though another machine or number of processes may have computed them."""
+        if config.overwrite:
+            return {}
+        data = ProcessedData(config)
+        inputs = {k: model_inputs(config, data, self.partitions, k) for k in self.models}
+        return {
+            k: path
+            for k, path in self.models.items()
+            if inputs[k] and read_json(path / "record.json").get("inputs") == inputs[k]
+        }
 
     def touched(self, forget: Forget) -> tuple[int, ...]:
         """Partitions that hold at least one document of the forget set."""
