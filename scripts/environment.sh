@@ -11,12 +11,18 @@ tools=('pytest>=9,<10' 'pytest-xdist>=3.8,<4' 'ruff>=0.17,<0.18')
 wanted=$(grep -Ev '^ *(#.*)?$' "$requirements" && printf '%s\n' "${tools[@]}")
 if [ ! -f "$complete" ] || [ "$(cat "$complete")" != "$wanted" ]; then
   if [ -z "${KEEP_ENVIRONMENT:-}" ]; then
-    echo "making $VENV (a few minutes, about 2 GB)" >&2
-    rm -f "$complete"
-    "${PYTHON:-python3}" -m venv "$VENV"
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements" \
-      "${tools[@]}"
-    printf '%s\n' "$wanted" >"$complete"
+    mkdir -p "$VENV"
+    exec 9>"$VENV/.lock"
+    ! command -v flock >/dev/null || flock 9  # of two callers one makes it
+    if [ ! -f "$complete" ] || [ "$(cat "$complete")" != "$wanted" ]; then
+      echo "making $VENV (a few minutes, about 2 GB)" >&2
+      rm -f "$complete"
+      "${PYTHON:-python3}" -m venv "$VENV"
+      "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements" \
+        "${tools[@]}"
+      printf '%s\n' "$wanted" >"$complete"
+    fi
+    exec 9>&-
   elif [ -f "$complete" ]; then
     echo "$VENV was made of other requirements; it is used as it is" >&2
   else

@@ -44,6 +44,7 @@ def patiently_ended() -> Iterator[None]:
 def _on_signal(number: int, frame: FrameType | None) -> None:
     _State.asked = True
     for child in multiprocessing.active_children():
-        child.terminate()
+        if not child.daemon:  # those of a DataLoader feed the step that is still to be made
+            child.terminate()
     if not _State.patient:
         raise SystemExit(ENDED)
