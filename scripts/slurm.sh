@@ -19,14 +19,14 @@ if [ -z "$dry" ] && ! command -v sbatch >/dev/null; then
   echo "slurm.sh: there is no sbatch on this machine; scripts/run_local.sh runs an experiment here" >&2
   exit 2
 fi
-reading=(--reading-tasks "$SITE_READING_TASKS")
+site=(--reading-tasks "$SITE_READING_TASKS" --gpus "$SITE_GPUS")
 if [ -n "$dry" ]; then
   plan=$(mktemp)
   trap 'rm -f "$plan"' EXIT
-  "$PYTHON" -m tiered.plan "$@" "${reading[@]}" --write "$plan" >/dev/null
+  "$PYTHON" -m tiered.plan "$@" "${site[@]}" --write "$plan" >/dev/null
   name=$(basename "${1%.*}")
 else
-  plan=$("$PYTHON" -m tiered.plan "$@" "${reading[@]}" --write)
+  plan=$("$PYTHON" -m tiered.plan "$@" "${site[@]}" --write)
   name=$(basename "$(dirname "$(dirname "$plan")")")
 fi
 

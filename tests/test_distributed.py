@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.ranks import balanced_model, balancing_steps, model, rows
-from tiered.store import verify
+from tiered.config import own_micro_batches
+from tiered.store import UserError, verify
 
 
 def torchrun(folder: Path, port: int, *arguments: str) -> str:
@@ -75,7 +76,9 @@ WAYS = {
 def fit_job(folder: Path, family: str, name: str, **more) -> str:
     """One training of tests/fit_ranks.py, as JSON."""
     path = str(folder / f"{family}-{name}")
-    return json.dumps({"family": family, "folder": path, "micro_rows": 4, **more})
+    return json.dumps(
+        {"family": family, "folder": path, "micro_rows": 4, "accumulation": 2, **more}
+    )
 
 
 def fit_alone(folder: Path, *trainings: str) -> str:
@@ -94,18 +97,17 @@ def fits(tmp_path_factory) -> Path:
     """Six steps of eight rows: by one process in two micro-batches, by two ranks in one each; and
     trainings that were killed at step 5 under one number of processes and resumed under another."""
     folder = tmp_path_factory.mktemp("fits")
-    half = {"stop": 5, "accumulation": 2}
-    jobs = [fit_job(folder, f, "one", accumulation=2) for f in FAMILIES]
+    half = {"stop": 5}
+    jobs = [fit_job(folder, f, "one") for f in FAMILIES]
     jobs += [fit_job(folder, f, f"one-{w}", **half) for f in FAMILIES[:2] for w in ("ddp", "fsdp")]
     fit_alone(folder, *jobs)
-    jobs = [fit_job(folder, f, w, accumulation=1, **WAYS[w]) for f in FAMILIES for w in WAYS]
-    half = {"stop": 5, "accumulation": 1}
+    jobs = [fit_job(folder, f, w, **WAYS[w]) for f in FAMILIES for w in WAYS]
     for family in FAMILIES[:2]:
         for way in ("ddp", "fsdp"):
             jobs.append(fit_job(folder, family, f"{way}-one", **half, **WAYS[way]))
-            jobs.append(fit_job(folder, family, f"one-{way}", accumulation=1, **WAYS[way]))
+            jobs.append(fit_job(folder, family, f"one-{way}", **WAYS[way]))
     output = torchrun(folder, 29548, ROOT / "tests/fit_ranks.py", folder / "ranks.json", *jobs)
-    names = [fit_job(folder, f, f"{w}-one", accumulation=2) for f in FAMILIES[:2] for w in WAYS]
+    names = [fit_job(folder, f, f"{w}-one") for f in FAMILIES[:2] for w in WAYS]
     output += fit_alone(folder, *(n for n in names if "recomputed" not in n))
     (folder / "output.txt").write_text(output)
     return folder
@@ -140,8 +142,9 @@ def same_training(folder: Path, family: str, name: str) -> float:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_ranks_train_as_one_process_with_twice_the_accumulation(fits, family, way):
-    """Under DDP, FSDP2 and FSDP2 with gradient checkpointing. Running statistics are the mean of
+def test_two_ranks_share_the_micro_batches_of_a_step(fits, family, way):
+    """As one process with twice the accumulation trains, under DDP, FSDP2 and FSDP2 with gradient
+    checkpointing. Running statistics are the mean of
     the ranks', each over its own rows: they alone differ."""
     apart = same_training(fits, family, way)
     assert (apart > 1e-3) == (family == "monet")
@@ -170,12 +173,20 @@ def test_every_killed_training_was_resumed_and_not_begun_anew(fits):
     assert resumed == ["4"] * 12
 
 
+def test_micro_batches_that_processes_cannot_share_are_refused():
+    """The rows of a step are the config's: more GPUs are no other experiment."""
+    assert [own_micro_batches(6, ranks) for ranks in (1, 2, 6)] == [6, 3, 1]
+    with pytest.raises(UserError, match=r"6 micro-batches .* cannot be shared by 4 processes"):
+        own_micro_batches(6, 4)
+
+
 @pytest.mark.parametrize("shard", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_run_clm_trains_under_torchrun(shard, tiny, tmp_path):
-    """Twice the rows per step, half the steps, one published model that loads and is finite."""
+    """As many rows per step as one process, one published model that loads and is finite."""
     for name in ("configs", "processed"):
         shutil.copytree(tiny / name, tmp_path / name)
-    more = ("training.save_steps=20", f"training.shard={shard}")
+    halves = ("training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=2")
+    more = ("training.save_steps=20", f"training.shard={shard}", *halves)
     output = torchrun(tmp_path, 29547, ROOT / "run_clm.py", "configs/n1.yaml", *more)
     assert output.count("n1 partition 0:") == 1
     (folder,) = Path(tmp_path / "runs/n1/models").iterdir()
@@ -184,7 +195,7 @@ def test_run_clm_trains_under_torchrun(shard, tiny, tmp_path):
         json.loads((f / "record.json").read_text()) for f in (folder, tiny / "runs/n1/models/0")
     ]
     assert records[0]["tokens"] == records[1]["tokens"]
-    assert abs(records[0]["optimizer_steps"] - records[1]["optimizer_steps"] / 2) <= 1
+    assert records[0]["optimizer_steps"] == records[1]["optimizer_steps"]
     assert records[0]["final_training_loss_nats"] < 6.0  # ln 400 is 5.99
     statistics = [t for n, t in load_file(folder / "model.safetensors").items() if "running" in n]
     assert statistics and all(t.isfinite().all() for t in statistics)

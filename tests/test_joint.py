@@ -86,7 +86,7 @@ def agree(first, second) -> None:
     assert losses(second) == pytest.approx(losses(first), abs=1e-4)
 
 
-@pytest.mark.parametrize(("micro", "accumulation", "port"), [(4, 1, 29561), (1, 4, 29562)])
+@pytest.mark.parametrize(("micro", "accumulation", "port"), [(4, 2, 29561), (1, 8, 29562)])
 def test_two_ranks_train_what_one_process_does(alone, tmp_path, micro, accumulation, port):
     """Experts on one rank each; then, one row a micro-batch, all of them on both."""
     script = ROOT / "tests/joint_ranks.py"

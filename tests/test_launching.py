@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import ROOT, run_stages, tiny_project
 from tests.test_config import SHIPPED
-from tiered import local_run
+from tiered import local_run, plan
 from tiered.config import load
 from tiered.plan import Job, jobs, lines, parse
 from tiered.store import UserError, read_json, tree_hashes
@@ -252,30 +252,69 @@ def test_a_signal_that_nohup_has_ignored_stays_so():
             signal.signal(number, handler)
 
 
+FAILS = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(3)); "
+SAVES = FAILS.replace("sys.exit(3)", "(time.sleep(33), print('saved', flush=True), sys.exit(143))")
+
+
 @pytest.mark.parametrize(
-    ("task", "requeued"), [({}, "7"), ({"SLURM_ARRAY_JOB_ID": "7"}, "7_2")], ids=["job", "array"]
+    ("task", "first", "requeued", "said"),
+    [
+        ({}, "", "requeue 7\n", "exit code 143"),
+        ({"SLURM_ARRAY_JOB_ID": "7"}, "", "requeue 7_2\n", "exit code 143"),
+        ({"SLURM_RESTART_COUNT": "30"}, "", "", "begun again 30 times and not done"),
+        ({}, FAILS, "", "exit code 1"),
+        pytest.param(
+            {"SITE_GPUS": "2"}, SAVES, "requeue 7\n", "saved\nsaved\n", marks=pytest.mark.slow
+        ),
+    ],
+    ids=["job", "array", "too often", "failed", "torchrun"],
 )
-def test_a_task_that_is_asked_to_end_requeues_itself_alone(task, requeued, tmp_path):
-    """The last task of an array has the array's number: all of it would be queued again."""
+def test_a_task_that_is_asked_to_end_requeues_itself_alone(task, first, requeued, said, tmp_path):
+    """The last task of an array has the array's number: all of it would be queued again. Not one
+    that fails, or has been begun again too often. Under torchrun the processes have SITE_GRACE to
+    save, which is more than its own 30 s."""
     stubs = tmp_path / "stubs"
     stubs.mkdir()
     (stubs / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
     (stubs / "scontrol").chmod(0o755)
-    code = "import time; print('at work', flush=True); time.sleep(60)"
+    code = f"import time; {first}print('at work', flush=True); time.sleep(60)"
     command = shlex.join(["-m", "timeit", "-n1", "-r1", code])
-    (tmp_path / "plan.tsv").write_text(f"train\tcpu\t\t\t{command}\n" * 3)
-    (tmp_path / "site.sh").write_text(SITE.replace("{ :; }", '{ : "$NOT_SET_ANYWHERE"; }'))
+    (tmp_path / "plan.tsv").write_text(f"train\tcpu\tseveral\t\t{command}\n" * 3)
+    site = SITE.replace("SITE_GPUS=1", f"SITE_GPUS={task.get('SITE_GPUS', 1)}")
+    site = site.replace("SITE_GRACE=30", "SITE_GRACE=60")
+    (tmp_path / "site.sh").write_text(site.replace("{ :; }", '{ : "$NOT_SET_ANYWHERE"; }'))
     settings = {"SITE": str(tmp_path / "site.sh"), "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
     settings |= {"PATH": f"{stubs}:{os.environ['PATH']}", **task}
     arguments = (str(ROOT), str(tmp_path / "plan.tsv"), "train")
     process = begun("job.sbatch", tmp_path, *arguments, **settings)
-    for line in process.stdout:
-        if line == "at work\n":
-            break
+    left = int(task.get("SITE_GPUS", 1))
+    while left:
+        left -= process.stdout.readline() == "at work\n"
+        assert process.poll() is None
     process.send_signal(signal.SIGUSR1)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 143 and "exit code 143" in output, errors
-    assert (tmp_path / "asked").read_text() == f"requeue {requeued}\n"
+    output, errors = process.communicate(timeout=90)
+    assert said in output + errors, errors
+    asked = tmp_path / "asked"
+    assert (asked.read_text() if asked.exists() else "") == requeued
+
+
+def test_submissions_of_a_run_have_plans_of_their_own(tmp_path, monkeypatch, capsys):
+    """Tasks of the first read theirs when they begin, perhaps after the second was submitted. What
+    the GPUs of a training cannot share is refused before anything is queued."""
+    monkeypatch.chdir(tmp_path)
+    config, write = str(ROOT / "configs/quickstart/n01.yaml"), "--write"
+    names = []
+    for more in ([], ["training.learning_rate=1e-4"], []):
+        monkeypatch.setattr(sys, "argv", ["plan", config, *more, write])
+        plan.main()
+        names.append(capsys.readouterr().out)
+    assert names[0] == names[2] != names[1]
+    first, second = (Path(name.strip()).read_text() for name in names[:2])
+    assert first != second and "1e-4" not in first and "1e-4" in second
+    monkeypatch.setattr(sys, "argv", ["plan", config, "--gpus", "2", write])
+    with pytest.raises(SystemExit):
+        plan.main()
+    assert "1 micro-batches per optimizer step cannot be shared by 2" in capsys.readouterr().err
 
 
 def test_numbers_below_0_and_line_breaks_are_refused(tmp_path):

@@ -371,11 +371,11 @@ def test_two_ranks_train_and_publish_what_one_process_does(project, tmp_path):
     """Six rows of three experts a step: two micro-batches of one process, or one on each rank."""
     for name in ("configs", "processed"):
         shutil.copytree(project / name, tmp_path / name)
-    sizes = "training.per_device_train_batch_size=3"
-    alone = (f"output_dir={tmp_path / 'alone'}", "training.gradient_accumulation_steps=2")
-    run_stages(tmp_path, ("run_clm",), "configs/demix.yaml", sizes, *alone)
+    step = "training.per_device_train_batch_size=3 training.gradient_accumulation_steps=2"
+    sizes, alone = step.split(), f"output_dir={tmp_path / 'alone'}"
+    run_stages(tmp_path, ("run_clm",), "configs/demix.yaml", *sizes, alone)
     script = ROOT / "run_clm.py"
-    output = torchrun(tmp_path, 29563, script, "configs/demix.yaml", sizes)
+    output = torchrun(tmp_path, 29563, script, "configs/demix.yaml", *sizes)
     assert output.count("demix partition 1:") == 1
     for k in range(3):
         one, two = (tmp_path / f"{n}/demix/models/{k}" for n in ("alone", "runs"))
@@ -396,5 +396,5 @@ def test_two_ranks_train_and_publish_what_one_process_does(project, tmp_path):
     for path in parts:
         shutil.rmtree(path)
     late = (ROOT / "tests/late_rank.py", store / "models/*" / OWN, 4, script)
-    torchrun(tmp_path, 29564, *late, "configs/demix.yaml", sizes)
+    torchrun(tmp_path, 29564, *late, "configs/demix.yaml", *sizes)
     assert [tree_hashes(p) for p in parts] == before

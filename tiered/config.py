@@ -432,7 +432,9 @@ class TrainingConfig:
         low=0,
     )
     per_device_train_batch_size: int = opt(16, "rows per device and micro-batch at n = 1", low=1)
-    gradient_accumulation_steps: int = opt(1, "micro-batches per optimizer step", low=1)
+    gradient_accumulation_steps: int = opt(
+        1, "micro-batches per optimizer step, of all processes together", low=1
+    )
     num_train_epochs: float = opt(1.0, "passes over the partition's blocks", low=1e-6)
     learning_rate: float = opt(4e-3, "peak learning rate", low=0)
     lr_scheduler_type: str = opt("cosine", "learning-rate schedule")
@@ -1023,6 +1025,19 @@ def check(config: Config) -> Config:
             f" ({data.block_size})"
         )
     return config
+
+
+def own_micro_batches(count: int, ranks: int) -> int:
+    """Micro-batches of each process, of `count` per step: a step has as many as the config says,
+    whatever number of processes shares them. UserError where they cannot have as many each.
+    """
+    if count % ranks:
+        raise UserError(
+            f"training.gradient_accumulation_steps: {count} micro-batches per optimizer step cannot"
+            f" be shared by {ranks} processes; give a multiple of {ranks}"
+            " (with fewer rows per micro-batch: training.per_device_train_batch_size)"
+        )
+    return count // ranks
 
 
 def _check_training(config: Config) -> None:

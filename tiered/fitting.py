@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from tiered import checkpoint, stopping
-from tiered.config import Config
+from tiered.config import Config, own_micro_batches
 from tiered.data import position_ids
 from tiered.locks import locked
 from tiered.record import (
@@ -435,6 +435,8 @@ def _make_trainer(
         "logging_nan_inf_filter": False,  # it would log a diverged model's loss as 0
         **job.arguments,
     }
+    count = arguments.get("gradient_accumulation_steps", 1)
+    arguments["gradient_accumulation_steps"] = own_micro_batches(count, world_size())
     try:
         training_arguments = TrainingArguments(
             output_dir=str(job.checkpoints),

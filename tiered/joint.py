@@ -62,21 +62,20 @@ class LabelledBlocks(BalancedBlocks):
 
 
 def micro_batch_rows(rows_per_step: int, configured: int, present: int, parts: int, of: str) -> int:
-    """B: rows of each of the `parts` micro-batches (ranks x accumulation) of a step of
-    rows_per_step rows, of `configured` partitions (or domains: `of`), where `present` of them have
-    data. UserError where they, or the micro-batches, cannot have as many rows each.
+    """B: rows of each of the `parts` micro-batches of a step of rows_per_step rows, of
+    `configured` partitions (or domains: `of`), where `present` of them have data. UserError where
+    they, or the micro-batches, cannot have as many rows each.
     """
     if rows_per_step % configured:
         raise UserError(
             f"training.per_device_train_batch_size: {rows_per_step} rows per optimizer step (with"
-            " gradient_accumulation_steps and all processes) are no multiple of the"
-            f" {configured} {of}"
+            f" gradient_accumulation_steps) are no multiple of the {configured} {of}"
         )
     rows = rows_per_step // configured * present
     if rows % parts:
         raise UserError(
             f"training.gradient_accumulation_steps: {rows} rows per optimizer step (of {present}"
-            f" {of}) cannot be {parts} equal micro-batches (processes x accumulation)"
+            f" {of}) cannot be {parts} equal micro-batches"
         )
     return rows // parts
 

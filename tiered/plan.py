@@ -1,7 +1,7 @@
 """The jobs of an experiment: which commands, in which order, on which kind of node.
 
     python -m tiered.plan configs/c4/n16.yaml                # as a table
-    python -m tiered.plan configs/c4/n16.yaml --write        # to runs/<experiment>/jobs/plan.tsv
+    python -m tiered.plan configs/c4/n16.yaml --write        # to runs/<experiment>/jobs/plan-*.tsv
 
 A job is a list of commands that do not depend on one another; it begins when the jobs it names are
 done. scripts/run_local.sh runs the commands of a job side by side, scripts/slurm.sh makes them the
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiered.branching import has_own_seed
-from tiered.config import SHARED_TRUNK, Config, load
+from tiered.config import SHARED_TRUNK, Config, load, own_micro_batches
 from tiered.partition import make_partition_map
-from tiered.store import UserError, write_text
+from tiered.store import UserError, digest, write_text
 
 CPU, GPU = "cpu", "gpu"
 
@@ -169,11 +169,12 @@ def parse(arguments: list[str], program: str, doc: str) -> tuple[argparse.Namesp
             "--write", nargs="?", const="", metavar="FILE", help="to a file; prints its name"
         )
         parser.add_argument("--folder", action="store_true", help="print the run's folder alone")
+        parser.add_argument("--gpus", type=int, default=1, help="that share a partition's training")
     else:
         parser.add_argument("--workers", type=int, default=0, help="tasks at a time; 0: see above")
         parser.add_argument("--dry-run", action="store_true", help="print the plan")
     given = parser.parse_args(arguments)
-    for flag in ("reading_tasks", "workers"):
+    for flag in ("reading_tasks", "workers", "gpus"):
         if getattr(given, flag, 0) < 0:
             raise UserError(f"--{flag.replace('_', '-')}: below 0")
     for override in given.overrides:
@@ -197,8 +198,12 @@ def main() -> None:
             print(config.run_dir)
             return
         found = jobs(config, arguments_of(given), given.reading_tasks)
+        if given.gpus > 1:
+            own_micro_batches(config.training.gradient_accumulation_steps, given.gpus)
         if given.write is not None:
-            path = Path(given.write or config.run_dir / "jobs" / "plan.tsv")
+            # by its content: tasks of an earlier submission read theirs when they begin
+            name = f"plan-{digest(lines(found))}.tsv"
+            path = Path(given.write or config.run_dir / "jobs" / name)
             write_text(path, lines(found))
     except (UserError, OSError) as error:
         print(f"tiered.plan: error: {' '.join(str(error).split())}", file=sys.stderr)

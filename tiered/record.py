@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ SCORING_CODE = tuple(
         *("unlearning/protocol", "unlearning/attacks", "unlearning/verbatim"),
     )
 )
+GROUP_SECONDS = 7 * 24 * 3600  # that ranks wait for one another: the longest training
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")
 
 
@@ -67,7 +69,11 @@ def wait_for_ranks(config: Config) -> None:
     if world_size() > 1:
         from accelerate import PartialState  # makes the process group where nothing has yet
 
-        PartialState(cpu=device_of(config).type == "cpu").wait_for_everyone()
+        # ranks wait here while the main one waits for another process that trains the same model
+        patience = config.training.arguments.get("ddp_timeout", GROUP_SECONDS)
+        PartialState(
+            cpu=device_of(config).type == "cpu", timeout=timedelta(seconds=patience)
+        ).wait_for_everyone()
 
 
 def leave_ranks() -> None:
@@ -94,7 +100,8 @@ def device_of(config: Config) -> torch.device:
 def environment(config: Config) -> dict[str, Any]:
     """What a result depends on besides its inputs; part of every artefact's hash.
 
-    The number of processes is in it: it multiplies the batch.
+    The number of processes is in it: sums run in another order, and running statistics see other
+    rows.
     """
     device = device_of(config)
     return {

@@ -29,7 +29,6 @@ from tiered.record import (
     is_main_process,
     training_environment,
     wait_for_ranks,
-    world_size,
 )
 from tiered.store import (
     TIMINGS,
@@ -116,7 +115,7 @@ def train_whole(config: Config, data: ProcessedData, partitions: PartitionMap) -
         labels.append(np.full(len(part), k))
         counts = {d: counts.get(d, 0) + found.get(d, 0) for d in {**counts, **found}}
     kind, section = MODELS[config.model.type], config.training
-    micro_batches = section.gradient_accumulation_steps * world_size()
+    micro_batches = section.gradient_accumulation_steps
     configured = len(founding(partitions))
     arguments = training_arguments(config, 1.0)
     per_step = arguments["per_device_train_batch_size"] * micro_batches

@@ -24,7 +24,6 @@ from tiered.baselines.modeling_lora_experts import LoraExpertsForCausalLM, linea
 from tiered.config import Config
 from tiered.fitting import Fit, OrderedBlocks, fit, is_trained
 from tiered.methods import plain_card
-from tiered.record import world_size
 from tiered.store import TIMINGS, digest, read_json, seed_of, verify
 
 ADAPTER, VECTORS = "adapter", "vectors.safetensors"
@@ -57,8 +56,7 @@ def train_expert(
     """
     adapter, blocks = _train_adapter(config, job, start, ordered), ordered.blocks
     section, record = config.model, read_json(adapter / "record.json")
-    # rows of a step, of all ranks
-    rows = config.training.gradient_accumulation_steps * world_size()
+    rows = config.training.gradient_accumulation_steps
     rows *= job.arguments["per_device_train_batch_size"]
     job.earlier_seconds = read_json(adapter / TIMINGS)["seconds"]
     job.arguments = {**job.arguments, "learning_rate": section.lora_gate_learning_rate}
