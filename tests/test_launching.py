@@ -253,7 +253,7 @@ def test_a_signal_that_nohup_has_ignored_stays_so():
 
 
 FAILS = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(3)); "
-SAVES = FAILS.replace("sys.exit(3)", "(time.sleep(33), print('saved', flush=True), sys.exit(143))")
+SAVES = FAILS.replace("sys.exit(3)", "(time.sleep(33), os.write(1, b'saved\\n'), sys.exit(143))")
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_a_task_that_is_asked_to_end_requeues_itself_alone(task, first, requeued
     stubs.mkdir()
     (stubs / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
     (stubs / "scontrol").chmod(0o755)
-    code = f"import time; {first}print('at work', flush=True); time.sleep(60)"
+    code = f"import os, time; {first}os.write(1, b'at work\\n'); time.sleep(60)"
     command = shlex.join(["-m", "timeit", "-n1", "-r1", code])
     (tmp_path / "plan.tsv").write_text(f"train\tcpu\tseveral\t\t{command}\n" * 3)
     site = SITE.replace("SITE_GPUS=1", f"SITE_GPUS={task.get('SITE_GPUS', 1)}")
