@@ -144,8 +144,8 @@ def same_training(folder: Path, family: str, name: str) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_share_the_micro_batches_of_a_step(fits, family, way):
     """As one process with twice the accumulation trains, under DDP, FSDP2 and FSDP2 with gradient
-    checkpointing. Running statistics are the mean of
-    the ranks', each over its own rows: they alone differ."""
+    checkpointing. Running statistics are the mean of the ranks', each over its own rows: they
+    alone differ."""
     apart = same_training(fits, family, way)
     assert (apart > 1e-3) == (family == "monet")
 
