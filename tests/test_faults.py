@@ -27,6 +27,7 @@ from tiered.store import (
 
 # Enough work per stage that a poll of a few milliseconds finds it under way.
 WORK = ("training.num_train_epochs=4", "training.save_steps=5", "router.num_train_epochs=6")
+WORK += ("training.dataloader_num_workers=1",)
 CONFIG = "configs/n2.yaml"
 
 
@@ -62,14 +63,14 @@ def with_router(uninterrupted: Path, folder: Path) -> Callable[[], bool]:
 def test_a_training_that_is_asked_to_end_saves_and_goes_on_from_there(
     processes, anew, uninterrupted, tmp_path
 ):
-    """SIGTERM to the one process, or to all of a group as Slurm sends it. Also where a model stands
-    that is made anew: its resume state is then no leftover."""
+    """SIGTERM to all processes, those that load the batches too, as Slurm sends it at a job's end.
+    Also where a model stands that is made anew: its resume state is then no leftover."""
     under_way = with_router(uninterrupted, tmp_path)
     if anew:
         shutil.copytree(uninterrupted / "runs", tmp_path / "runs", dirs_exist_ok=True)
     more = (f"training.num_proc={processes}", "training.save_steps=30", f"overwrite={anew}".lower())
     process = begun(tmp_path, "run_clm", under_way, *more)
-    (os.kill if processes == 1 else os.killpg)(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 143, output
     assert "Traceback" not in output

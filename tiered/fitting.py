@@ -4,6 +4,7 @@ What is trained in which order is the caller's: a dataset in training order, a s
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -197,6 +198,12 @@ class ResumableTrainer(Trainer):
             "total": self._total_loss_scalar,
             "last_logged_step": self._globalstep_last_logged,
         }
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        loader = super().get_train_dataloader()
+        own = getattr(loader, "base_dataloader", loader)  # what accelerate has wrapped
+        own.worker_init_fn = functools.partial(stopping.outlast, own.worker_init_fn)
+        return loader
 
     def unite_ranks(self) -> None:
         """Give every rank what the others alone know; before anything is saved."""

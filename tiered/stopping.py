@@ -7,7 +7,7 @@ import contextlib
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 ENDED = 128 + signal.SIGTERM  # as a shell says it
@@ -39,6 +39,14 @@ def patiently_ended() -> Iterator[None]:
         yield
     finally:
         _State.patient -= 1
+
+
+def outlast(then: Callable[[int], None] | None, worker: int) -> None:
+    """Has a process that loads batches (a DataLoader's worker_init_fn, before `then`) end with its
+    training only: Slurm sends SIGTERM to all processes of a job."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
