@@ -3,8 +3,8 @@
 usage: [torchrun --nproc_per_node=2] tests/fit_ranks.py OUTPUT JSON...
 
 Each JSON is a training: family, folder, micro_rows, accumulation, and if wanted sharded, stop (the
-step at which it is killed), checkpointing (of gradients). OUTPUT gets what rank 0 saw of each
-layer's weights while it trained: whether they were shards.
+step at which it is killed), logging (every so many steps), checkpointing (of gradients). OUTPUT
+gets what rank 0 saw of each layer's weights while it trained: whether they were shards.
 """
 
 import json
@@ -44,6 +44,7 @@ def train(
     accumulation: int,
     sharded: bool = False,
     stop: int = 0,
+    logging: int = 1,
     checkpointing: bool = False,
 ) -> list[bool]:
     """Six steps of eight rows; whether each weight was a shard in the last of them."""
@@ -51,7 +52,7 @@ def train(
     section = TrainingConfig(
         per_device_train_batch_size=micro_rows,
         gradient_accumulation_steps=accumulation,
-        logging_steps=1,
+        logging_steps=logging,
         save_steps=2,
         learning_rate=1e-2,
         max_grad_norm=0.3,  # below the norms that come up: clipping has to agree

@@ -89,8 +89,8 @@ class State:
     def save_to_json(self, path: str) -> None:
         Path(path).write_text("{}")
 
-    def loss_accumulator(self) -> dict[str, float]:
-        return {"running": 0.5, "total": 1.5, "last_logged_step": 3}
+    def loss_accumulator(self) -> dict:
+        return {"running": [0.5], "total": 1.5, "last_logged_step": 3}
 
     def step(self) -> torch.Tensor:
         loss = self.model(torch.randn(4, 3)).square().sum()

@@ -72,6 +72,7 @@ def save(folder: Path, trainer: Any, seconds: float) -> None:
     """
     weights, optimizer = whole_weights(trainer.model), trainer.optimizer.state_dict()
     optimizer = {**optimizer, "state": whole(optimizer["state"])}
+    losses = trainer.loss_accumulator()
     if not trainer.args.should_save:
         return
     with atomic_folder(folder) as path:
@@ -79,7 +80,7 @@ def save(folder: Path, trainer: Any, seconds: float) -> None:
         _save_optimizer(optimizer, path)
         _write(path / "scheduler.json", _plain(trainer.lr_scheduler.state_dict()))
         _save_random_state(path)
-        _write(path / "loss_accumulator.json", trainer.loss_accumulator())
+        _write(path / "loss_accumulator.json", losses)
         trainer.state.save_to_json(str(path / "trainer_state.json"))
         write_json(path / TIMINGS, {"seconds": seconds})
 

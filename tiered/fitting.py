@@ -174,13 +174,17 @@ class LossGuard(TrainerCallback):
 class LossRestorer(TrainerCallback):
     """After a resume, put back the loss summed since the last log line: logs stay identical."""
 
-    def __init__(self, values: dict[str, float]) -> None:
+    def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
         self.trainer: ResumableTrainer | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
-        trainer._tr_loss += self.values["running"]
+        running = self.values["running"]
+        if len(running) == args.world_size:
+            trainer._tr_loss += running[args.process_index]
+        else:  # what is logged is the mean over the ranks
+            trainer._tr_loss += sum(running) / len(running)
         trainer._total_loss_scalar = self.values["total"]
         trainer._globalstep_last_logged = int(self.values["last_logged_step"])
 
@@ -191,10 +195,11 @@ class ResumableTrainer(Trainer):
     checkpoints: Path
     seconds_before: float = 0.0
 
-    def loss_accumulator(self) -> dict[str, float]:
-        """The running loss that the Trainer itself forgets in a checkpoint."""
+    def loss_accumulator(self) -> dict[str, Any]:
+        """The running loss, each rank's, that the Trainer itself forgets in a checkpoint; all ranks
+        have to call it."""
         return {
-            "running": self._tr_loss.item(),
+            "running": self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist(),
             "total": self._total_loss_scalar,
             "last_logged_step": self._globalstep_last_logged,
         }
@@ -357,7 +362,8 @@ def _train(
         trainer.is_distributed_loading_by_transformers = True
     resume = checkpoint.newest(job.checkpoints)
     if resume is not None:
-        print(f"{job.label}: resuming from step {int(resume.name.split('-')[1])}")
+        if is_main_process():
+            print(f"{job.label}: resuming from step {int(resume.name.split('-')[1])}")
         trainer.seconds_before = read_json(resume / TIMINGS)["seconds"]
         restorer = LossRestorer(read_json(resume / "loss_accumulator.json"))
         restorer.trainer = trainer
@@ -369,7 +375,8 @@ def _train(
     seconds = trainer.seconds_before + time.perf_counter() - trainer.begin
     _finish_trackers(config)
     if stopper.stopped:
-        print(f"{job.label}: asked to end; state saved at step {trainer.state.global_step}")
+        if is_main_process():
+            print(f"{job.label}: asked to end; state saved at step {trainer.state.global_step}")
         raise SystemExit(stopping.ENDED)
     trainer.unite_ranks()
     trained = trainer.model
