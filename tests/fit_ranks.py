@@ -3,8 +3,8 @@
 usage: [torchrun --nproc_per_node=2] tests/fit_ranks.py OUTPUT JSON...
 
 Each JSON is a training: family, folder, micro_rows, accumulation, and if wanted sharded, stop (the
-step at which it is killed), logging (every so many steps), checkpointing (of gradients). OUTPUT
-gets what rank 0 saw of each layer's weights while it trained: whether they were shards.
+step at which it is killed), logging and saving (every so many steps), checkpointing (of gradients).
+OUTPUT gets what rank 0 saw of each layer's weights while it trained: whether they were shards.
 """
 
 import json
@@ -45,6 +45,7 @@ def train(
     sharded: bool = False,
     stop: int = 0,
     logging: int = 1,
+    saving: int = 2,
     checkpointing: bool = False,
 ) -> list[bool]:
     """Six steps of eight rows; whether each weight was a shard in the last of them."""
@@ -53,7 +54,7 @@ def train(
         per_device_train_batch_size=micro_rows,
         gradient_accumulation_steps=accumulation,
         logging_steps=logging,
-        save_steps=2,
+        save_steps=saving,
         learning_rate=1e-2,
         max_grad_norm=0.3,  # below the norms that come up: clipping has to agree
         arguments={"gradient_checkpointing": checkpointing},

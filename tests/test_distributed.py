@@ -109,7 +109,7 @@ def fits(tmp_path_factory) -> Path:
             jobs.append(fit_job(folder, family, f"{way}-one", **half, **WAYS[way]))
             jobs.append(fit_job(folder, family, f"one-{way}", **log, **WAYS[way]))
         for more in (half, log):
-            jobs.append(fit_job(folder, family, "ddp-ddp", **more, **WAYS["ddp"]))
+            jobs.append(fit_job(folder, family, "ddp-ddp", saving=4, **more, **WAYS["ddp"]))
     output = torchrun(folder, 29548, ROOT / "tests/fit_ranks.py", folder / "ranks.json", *jobs)
     names = [fit_job(folder, f, f"{w}-one", **log) for f in FAMILIES[:2] for w in WAYS]
     output += fit_alone(folder, *(n for n in names if "recomputed" not in n))
@@ -173,6 +173,14 @@ def test_a_checkpoint_of_one_number_of_processes_goes_on_under_another(fits, fam
     that is logged next is that of all ranks since the line before."""
     assert not list((fits / f"{family}-{way}").glob(".checkpoints/*/*"))  # done
     same_training(fits, family, way)
+
+
+@pytest.mark.parametrize("family", FAMILIES[:2])
+def test_saving_and_resuming_change_no_bit_of_what_ranks_train(fits, family):
+    """Running statistics too: each rank goes on with its own."""
+    files = (fits / f"{family}-{way}/model/model.safetensors" for way in ("ddp", "ddp-ddp"))
+    one, other = map(load_file, files)
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
 
 
 def test_every_killed_training_was_resumed_and_not_begun_anew(fits):

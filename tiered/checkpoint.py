@@ -1,7 +1,8 @@
 """Resume state of a training run: complete or absent, hashed, without pickle.
 
 A checkpoint folder holds model.safetensors, optimizer.safetensors + optimizer.json,
-scheduler.json, rng.safetensors + rng.json, trainer_state.json and hashes.json. It is written under
+scheduler.json, rng.safetensors + rng.json, trainer_state.json, hashes.json and, of several ranks,
+statistics.safetensors: each one's running statistics, whose mean the model has. It is written under
 a temporary name and renamed; the newest one whose hashes agree is resumed.
 """
 
@@ -26,6 +27,7 @@ from tiered.store import (
     write_json,
 )
 
+STATISTICS = "statistics.safetensors"
 KEPT = 2  # the newest may be damaged by the disk: keep the one before it
 
 
@@ -64,11 +66,14 @@ def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: whole(tensor) for name, tensor in _without_shared(model.state_dict()).items()}
 
 
-def save(folder: Path, trainer: Any, seconds: float) -> None:
+def save(
+    folder: Path, trainer: Any, seconds: float, of_ranks: dict[str, torch.Tensor] | None = None
+) -> None:
     """Write the whole state of a transformers Trainer as one atomic folder; all ranks have to call
     it, the one with args.should_save writes.
 
-    seconds: training time so far, kept in the timings file, which no hash covers.
+    seconds: training time so far, kept in the timings file, which no hash covers. of_ranks: running
+    statistics, (ranks, ...).
     """
     weights, optimizer = whole_weights(trainer.model), trainer.optimizer.state_dict()
     optimizer = {**optimizer, "state": whole(optimizer["state"])}
@@ -77,6 +82,8 @@ def save(folder: Path, trainer: Any, seconds: float) -> None:
         return
     with atomic_folder(folder) as path:
         save_file(weights, path / "model.safetensors")
+        if of_ranks:
+            save_file({k: v.cpu() for k, v in of_ranks.items()}, path / STATISTICS)
         _save_optimizer(optimizer, path)
         _write(path / "scheduler.json", _plain(trainer.lr_scheduler.state_dict()))
         _save_random_state(path)
@@ -104,6 +111,12 @@ def set_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], origin
     lacking = [n for n in missing if not state[n].numel() or _place(state[n]) not in stored]
     if unexpected or lacking:
         raise UserError(f"{origin}: checkpoint of another model ({(lacking + unexpected)[0]})")
+
+
+def statistics(folder: Path) -> dict[str, torch.Tensor]:
+    """Running statistics of the ranks that wrote a checkpoint, (ranks, ...); of one rank: none."""
+    path = folder / STATISTICS
+    return load_file(path) if path.exists() else {}
 
 
 def load_optimizer(folder: Path, trainer: Any) -> None:

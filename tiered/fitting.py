@@ -215,15 +215,19 @@ class ResumableTrainer(Trainer):
         average_statistics(self.model)
 
     def _save_checkpoint(self, model, trial) -> None:
+        own = statistics_of_ranks(self.model)
         self.unite_ranks()
         folder = self.checkpoints / f"checkpoint-{self.state.global_step:08d}"
         seconds = self.seconds_before + time.perf_counter() - self.begin
-        checkpoint.save(folder, self, seconds)
+        checkpoint.save(folder, self, seconds, own)
+        _take_statistics(self.model, own)  # as if nothing had been saved
         if self.args.should_save:
             checkpoint.prune(self.checkpoints)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        checkpoint.load_weights(Path(resume_from_checkpoint), model or self.model)
+        folder, model = Path(resume_from_checkpoint), model or self.model
+        checkpoint.load_weights(folder, model)
+        _take_statistics(model, checkpoint.statistics(folder))
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder) -> None:
         if checkpoint_folder is not None:
@@ -234,15 +238,38 @@ class ResumableTrainer(Trainer):
             checkpoint.load_random_state(Path(checkpoint_folder))
 
 
+def _statistics(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Running statistics: what a rank learns of its own rows alone. Weights are equal."""
+    kept, buffers = model.state_dict(), model.named_buffers()
+    return {name: b for name, b in buffers if name in kept and b.is_floating_point()}
+
+
+def statistics_of_ranks(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Running statistics by name, (ranks, ...); all ranks have to call it. Without ranks: none."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return {}
+    found = {}
+    for name, own in _statistics(model).items():
+        parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, own.contiguous())
+        found[name] = torch.stack(parts)
+    return found
+
+
+def _take_statistics(model: torch.nn.Module, of_ranks: dict[str, torch.Tensor]) -> None:
+    """Give a model this rank's own running statistics, if they are of as many ranks."""
+    buffers = _statistics(model) if of_ranks else {}
+    for name, parts in of_ranks.items():
+        if len(parts) == world_size():
+            buffers[name].copy_(parts[torch.distributed.get_rank()])
+
+
 @torch.no_grad()
 def average_statistics(model: torch.nn.Module) -> None:
-    """Average running statistics over ranks: each has seen its own rows; weights are equal."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    for name, buffer in model.named_buffers():
-        if name in model.state_dict() and buffer.is_floating_point():
-            torch.distributed.all_reduce(buffer)
-            buffer /= torch.distributed.get_world_size()
+    """Average running statistics over ranks."""
+    buffers = _statistics(model)
+    for name, parts in statistics_of_ranks(model).items():
+        buffers[name].copy_(parts.mean(0))
 
 
 def shard(model: PreTrainedModel) -> None:
