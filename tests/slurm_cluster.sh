@@ -54,8 +54,14 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 KillWait=5
 MinJobAge=300
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 NodeName=n[1-$nodes] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + nodes))] CPUs=1 RealMemory=2000 State=UNKNOWN
-PartitionName=test Nodes=n[1-$nodes] Default=YES MaxTime=INFINITE State=UP
+PartitionName=DEFAULT Nodes=n[1-$nodes] MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=test Default=YES
+PartitionName=noticed GraceTime=60
+PartitionName=urgent PriorityTier=2
 C
 }
 
@@ -72,7 +78,7 @@ start() {
   slurmctld -f "$SLURM_CONF"
   for n in $(seq "$nodes"); do slurmd -f "$SLURM_CONF" -N "n$n"; done
   for _ in $(seq 120); do
-    if [ "$(sinfo -h -N -o %t 2>/dev/null | grep -c '^idle$')" = "$nodes" ]; then return; fi
+    if [ "$(sinfo -h -N -p test -o %t 2>/dev/null | grep -c '^idle$')" = "$nodes" ]; then return; fi
     sleep 0.5
   done
   tail -n 20 "$folder"/log/*.log >&2

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import STAGES, run_stages, start_stages, tiny_project
@@ -63,17 +64,20 @@ def with_router(uninterrupted: Path, folder: Path) -> Callable[[], bool]:
 def test_a_training_that_is_asked_to_end_saves_and_goes_on_from_there(
     processes, anew, uninterrupted, tmp_path
 ):
-    """SIGTERM to all processes, those that load the batches too, as Slurm sends it at a job's end.
-    Also where a model stands that is made anew: its resume state is then no leftover."""
+    """SIGTERM to all processes, those that load the batches and wandb's too, as Slurm sends it at a
+    job's end. Also where a model stands that is made anew: its resume state is then no leftover."""
     under_way = with_router(uninterrupted, tmp_path)
     if anew:
         shutil.copytree(uninterrupted / "runs", tmp_path / "runs", dirs_exist_ok=True)
     more = (f"training.num_proc={processes}", "training.save_steps=30", f"overwrite={anew}".lower())
-    process = begun(tmp_path, "run_clm", under_way, *more)
-    os.killpg(process.pid, signal.SIGTERM)
+    process = begun(tmp_path, "run_clm", under_way, *more, "training.report_to=[wandb]")
+    others = psutil.Process(process.pid).children(recursive=True)
+    assert any("wandb-core" in " ".join(other.cmdline()) for other in others)
+    for other in (*others, process):
+        os.kill(other.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 143, output
-    assert "Traceback" not in output
+    assert "Traceback" not in output.rsplit("state saved", 1)[0]  # later: what wandb does at exit
     saved = re.findall(r"asked to end; state saved at step (\d+)", output)
     assert saved and all(int(step) % 30 for step in saved), output
     assert not list(tmp_path.rglob("*.lock"))

@@ -29,6 +29,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations import WandbCallback
 
 from tiered import checkpoint, stopping
 from tiered.config import Config, own_micro_batches
@@ -169,6 +170,33 @@ class LossGuard(TrainerCallback):
                 f"{self.label}: the training loss is {loss} at step {state.global_step}; nothing"
                 " was published (lower the learning rate?)"
             )
+
+
+class Wandb(WandbCallback):
+    """wandb's record of a training, which goes on where wandb's own process has ended: Slurm's
+    SIGTERM to a job goes to that one, too."""
+
+    lost = False
+
+    def on_log(self, *arguments, **more):
+        self._tell(super().on_log, arguments, more)
+
+    def on_save(self, *arguments, **more):
+        self._tell(super().on_save, arguments, more)
+
+    def on_train_end(self, *arguments, **more):
+        self._tell(super().on_train_end, arguments, more)
+        if not self.lost:
+            self._tell(self._wandb.finish, (), {})  # the next model gets a run of its own
+
+    def _tell(self, event: Callable, arguments: tuple, more: dict[str, Any]) -> None:
+        if self.lost:
+            return
+        try:
+            event(*arguments, **more)
+        except ConnectionError as error:
+            self.lost = True
+            print(f"wandb has ended ({error}); the training goes on without it")
 
 
 class LossRestorer(TrainerCallback):
@@ -400,7 +428,6 @@ def _train(
     trainer.begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = trainer.seconds_before + time.perf_counter() - trainer.begin
-    _finish_trackers(config)
     if stopper.stopped:
         if is_main_process():
             print(f"{job.label}: asked to end; state saved at step {trainer.state.global_step}")
@@ -461,13 +488,12 @@ def _make_trainer(
     trainer_class: type[ResumableTrainer],
 ) -> ResumableTrainer:
     save_steps, cuda = config.training.save_steps, device_of(config).type == "cuda"
-    trackers, callbacks = _trackers(config, job)
+    callbacks = [ProgressBar(job.label), LossGuard(job.label)]
     if job.observe is not None and job.observe_steps:
         callbacks.append(Observer(job.observe, job.observe_steps))
     arguments = {
         "save_strategy": "steps" if save_steps else "no",
         "save_steps": save_steps or 500,
-        "report_to": trackers or "none",
         "ddp_broadcast_buffers": False,
         "dataloader_pin_memory": cuda,
         # the one place that chooses a precision: float32 on a CPU, whose bfloat16 is far slower;
@@ -479,6 +505,7 @@ def _make_trainer(
     count = arguments.get("gradient_accumulation_steps", 1)
     arguments["gradient_accumulation_steps"] = own_micro_batches(count, world_size())
     try:
+        others, trackers = _trackers(config, job)
         training_arguments = TrainingArguments(
             output_dir=str(job.checkpoints),
             run_name=f"{config.name}-{job.label}",
@@ -488,6 +515,7 @@ def _make_trainer(
             train_sampling_strategy="sequential",
             remove_unused_columns=False,
             disable_tqdm=True,
+            report_to=others or "none",
             **arguments,
         )
         if training_arguments.fp16:
@@ -498,7 +526,7 @@ def _make_trainer(
             model=model,
             args=training_arguments,
             train_dataset=blocks,
-            callbacks=[AfterStep(), ProgressBar(job.label), LossGuard(job.label), *callbacks],
+            callbacks=[*trackers, AfterStep(), *callbacks],
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         text = " ".join(str(error).split())
@@ -520,6 +548,8 @@ def _trackers(config: Config, job: Fit) -> tuple[list[str], list[TrainerCallback
         os.environ.setdefault("WANDB_PROJECT", "tiered-routing")
         if not os.environ.get("WANDB_API_KEY"):
             os.environ.setdefault("WANDB_MODE", "offline")
+        names.remove("wandb")
+        callbacks.append(Wandb())
     if "tensorboard" in names:
         from torch.utils.tensorboard import SummaryWriter  # a second to import
         from transformers.integrations import TensorBoardCallback
@@ -529,10 +559,3 @@ def _trackers(config: Config, job: Fit) -> tuple[list[str], list[TrainerCallback
         if is_main_process():
             callbacks.append(TensorBoardCallback(SummaryWriter(str(folder))))
     return names, callbacks
-
-
-def _finish_trackers(config: Config) -> None:
-    if "wandb" in config.training.report_to:
-        import wandb  # the next model of this process gets a run of its own
-
-        wandb.finish()
