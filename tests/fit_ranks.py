@@ -7,6 +7,7 @@ step at which it is killed), logging and saving (every so many steps), checkpoin
 OUTPUT gets what rank 0 saw of each layer's weights while it trained: whether they were shards.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from modeling_monet import MonetConfig, MonetForCausalLM
+from tiered import branching, checkpoint
 from tiered.baselines.modeling_moe import MoeConfig, MoeForCausalLM
 from tiered.blocks import training_arguments
 from tiered.config import Config, TrainingConfig
@@ -34,7 +36,9 @@ def make(family: str) -> torch.nn.Module:
     sizes = {"intermediate_size": 8, "num_experts": 6, "num_experts_per_tok": 2}
     options = {"bank": {"expert_bank_layers": 3}, "stream": {"routing_stream_size": 8}}
     options |= {"loss_free": {"balance_update_rate": 0.01}}
-    return MoeForCausalLM(MoeConfig(**shape, **sizes, **options.get(family, {})))
+    model = MoeForCausalLM(MoeConfig(**shape, **sizes, **options.get(family, {})))
+    branching.add_dropout(model, 0.3 if family == "dropout" else 0.0)
+    return model
 
 
 def train(
@@ -67,13 +71,13 @@ def train(
     def look(self, args, state, control, model=None, **kwargs):
         seen[:] = [isinstance(p, DTensor) for p in model.parameters()]
         if stop and state.global_step == stop:
+            generators = checkpoint.of_ranks(torch.get_rng_state())
+            print(f"killed; generators: {len(generators.unique(dim=0))} of {len(generators)}")
             raise KeyboardInterrupt
 
     LossGuard.on_step_begin = look
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         fit(config, job, lambda: make(family), OrderedBlocks(blocks, 1.0, 0), lambda m, p: {})
-    except KeyboardInterrupt:
-        print("killed")
     return seen
 
 

@@ -96,7 +96,7 @@ def fit_alone(folder: Path, *trainings: str) -> str:
 def fits(tmp_path_factory) -> Path:
     """Six steps of eight rows: by one process in two micro-batches, by two ranks in one each; and
     trainings that were killed at step 5 under one number of processes and resumed, from step 4
-    between two lines of the log, under another or (ddp-ddp) the same."""
+    between two lines of the log, under another or (ddp-ddp, fsdp-fsdp) the same."""
     folder = tmp_path_factory.mktemp("fits")
     log = {"logging": 3}
     half = {"stop": 5, **log}
@@ -108,8 +108,11 @@ def fits(tmp_path_factory) -> Path:
         for way in ("ddp", "fsdp"):
             jobs.append(fit_job(folder, family, f"{way}-one", **half, **WAYS[way]))
             jobs.append(fit_job(folder, family, f"one-{way}", **log, **WAYS[way]))
-        for more in (half, log):
-            jobs.append(fit_job(folder, family, "ddp-ddp", saving=4, **more, **WAYS["ddp"]))
+    jobs += [fit_job(folder, "dropout", w, **WAYS[w]) for w in ("ddp", "fsdp")]
+    for family in (*FAMILIES[:2], "dropout"):
+        for way in ("ddp", "fsdp"):
+            same = {"saving": 4, **WAYS[way]}
+            jobs += [fit_job(folder, family, f"{way}-{way}", **m, **same) for m in (half, log)]
     output = torchrun(folder, 29548, ROOT / "tests/fit_ranks.py", folder / "ranks.json", *jobs)
     names = [fit_job(folder, f, f"{w}-one", **log) for f in FAMILIES[:2] for w in WAYS]
     output += fit_alone(folder, *(n for n in names if "recomputed" not in n))
@@ -125,7 +128,7 @@ def same_training(folder: Path, family: str, name: str) -> float:
     """Losses, gradient norms and weights of a training are those of one process, to 1e-5; returns
     by how much running statistics differ, at most."""
     one, other = (log_of(folder / f"{family}-{n}") for n in ("one", name))
-    assert len(one) == 6 and [line["step"] for line in other][-1] == 6
+    assert len(one) == 6 and other[-1]["step"] == 6
     before = 0
     for line in other:  # of one step, or the mean loss since the line before
         same = one[before : line["step"]]
@@ -166,7 +169,10 @@ def test_fsdp_holds_shards_and_publishes_the_whole(fits):
     assert {n: t.shape for n, t in whole.items()} == {n: t.shape for n, t in expected.items()}
 
 
-@pytest.mark.parametrize("way", ["ddp-one", "fsdp-one", "one-ddp", "one-fsdp", "ddp-ddp"])
+OTHERS = ["ddp-one", "fsdp-one", "one-ddp", "one-fsdp", "ddp-ddp", "fsdp-fsdp"]
+
+
+@pytest.mark.parametrize("way", OTHERS)
 @pytest.mark.parametrize("family", FAMILIES[:2])
 def test_a_checkpoint_of_one_number_of_processes_goes_on_under_another(fits, family, way):
     """Killed at step 5 under the first, resumed from step 4 under the second; the loss of the line
@@ -175,18 +181,21 @@ def test_a_checkpoint_of_one_number_of_processes_goes_on_under_another(fits, fam
     same_training(fits, family, way)
 
 
-@pytest.mark.parametrize("family", FAMILIES[:2])
-def test_saving_and_resuming_change_no_bit_of_what_ranks_train(fits, family):
-    """Running statistics too: each rank goes on with its own."""
-    files = (fits / f"{family}-{way}/model/model.safetensors" for way in ("ddp", "ddp-ddp"))
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("family", [*FAMILIES[:2], "dropout"])
+def test_saving_and_resuming_change_no_bit_of_what_ranks_train(fits, family, way):
+    """Each goes on with its own running statistics and its own random numbers."""
+    files = (fits / f"{family}-{w}/model/model.safetensors" for w in (way, f"{way}-{way}"))
     one, other = map(load_file, files)
     assert all(torch.equal(one[name], other[name]) for name in one | other)
 
 
 def test_every_killed_training_was_resumed_and_not_begun_anew(fits):
-    """Six by two ranks and four by one process; one of the ranks says so."""
-    resumed = re.findall(r"resuming from step (\d+)", (fits / "output.txt").read_text())
-    assert resumed == ["4"] * 10
+    """Ten by two ranks and four by one process; one of the ranks says so. Ranks that were killed
+    had random numbers of their own."""
+    output = (fits / "output.txt").read_text()
+    assert re.findall(r"resuming from step (\d+)", output) == ["4"] * 14
+    assert re.findall(r"generators: (\d) of 2", output) == ["2"] * 20  # ten, said by both
 
 
 def test_micro_batches_that_processes_cannot_share_are_refused():

@@ -119,6 +119,18 @@ def test_resumed_state_continues_bit_for_bit(tmp_path):
     assert kept.lr_scheduler.get_last_lr() == resumed.lr_scheduler.get_last_lr()
 
 
+def test_ranks_that_a_checkpoint_does_not_know_draw_numbers_of_their_own(tmp_path):
+    """The first of them goes on with the numbers of the process that wrote it."""
+    checkpoint.save(tmp_path / "checkpoint-00000001", State(0), 0.0)
+    after = torch.rand(8)
+    drawn = []
+    for rank in range(4):
+        checkpoint.load_random_state(tmp_path / "checkpoint-00000001", rank, 4)
+        drawn.append(torch.rand(8))
+    assert torch.equal(drawn[0], after)
+    assert len(torch.stack(drawn).unique(dim=0)) == 4
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     checkpoint.save(tmp_path / "checkpoint-00000001", State(0), 0.0)
     with pytest.raises(UserError, match="checkpoint of another model"):

@@ -1,9 +1,10 @@
 """Resume state of a training run: complete or absent, hashed, without pickle.
 
 A checkpoint folder holds model.safetensors, optimizer.safetensors + optimizer.json,
-scheduler.json, rng.safetensors + rng.json, trainer_state.json, hashes.json and, of several ranks,
-statistics.safetensors: each one's running statistics, whose mean the model has. It is written under
-a temporary name and renamed; the newest one whose hashes agree is resumed.
+scheduler.json, rng.safetensors (each rank's torch generators) + rng.json, trainer_state.json,
+hashes.json and, of several ranks, statistics.safetensors: each one's running statistics, whose mean
+the model has. It is written under a temporary name and renamed; the newest one whose hashes agree
+is resumed.
 """
 
 import json
@@ -50,6 +51,16 @@ def prune(folder: Path) -> None:
         shutil.rmtree(path)
 
 
+def of_ranks(own: torch.Tensor) -> torch.Tensor:
+    """A tensor as each rank has it, (ranks, ...), of one process (1, ...); all ranks have to call
+    it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return own[None]
+    parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, own.contiguous())
+    return torch.stack(parts)
+
+
 def whole(state: Any) -> Any:
     """A state with its tensors on the CPU, and whole where they are shards of ranks (FSDP2); all
     ranks have to call it then."""
@@ -67,26 +78,26 @@ def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save(
-    folder: Path, trainer: Any, seconds: float, of_ranks: dict[str, torch.Tensor] | None = None
+    folder: Path, trainer: Any, seconds: float, statistics: dict[str, torch.Tensor] | None = None
 ) -> None:
     """Write the whole state of a transformers Trainer as one atomic folder; all ranks have to call
     it, the one with args.should_save writes.
 
-    seconds: training time so far, kept in the timings file, which no hash covers. of_ranks: running
-    statistics, (ranks, ...).
+    seconds: training time so far, kept in the timings file, which no hash covers. statistics:
+    running statistics of ranks, (ranks, ...).
     """
     weights, optimizer = whole_weights(trainer.model), trainer.optimizer.state_dict()
     optimizer = {**optimizer, "state": whole(optimizer["state"])}
-    losses = trainer.loss_accumulator()
+    losses, generators = trainer.loss_accumulator(), _generators(trainer.model)
     if not trainer.args.should_save:
         return
     with atomic_folder(folder) as path:
         save_file(weights, path / "model.safetensors")
-        if of_ranks:
-            save_file({k: v.cpu() for k, v in of_ranks.items()}, path / STATISTICS)
+        if statistics:
+            save_file({k: v.cpu() for k, v in statistics.items()}, path / STATISTICS)
         _save_optimizer(optimizer, path)
         _write(path / "scheduler.json", _plain(trainer.lr_scheduler.state_dict()))
-        _save_random_state(path)
+        _save_random_state(generators, path)
         _write(path / "loss_accumulator.json", losses)
         trainer.state.save_to_json(str(path / "trainer_state.json"))
         write_json(path / TIMINGS, {"seconds": seconds})
@@ -137,16 +148,30 @@ def load_optimizer(folder: Path, trainer: Any) -> None:
     trainer.lr_scheduler.load_state_dict(read_json(folder / "scheduler.json"))
 
 
-def load_random_state(folder: Path) -> None:
-    """Restore the python, numpy and torch generators."""
+def load_random_state(folder: Path, rank: int = 0, ranks: int = 1) -> None:
+    """Restore the python, numpy and torch generators; each rank's own torch generators, if as many
+    ranks wrote them. Of another number, the first goes on with the first one's, each other with
+    one that this seeds."""
     stored, tensors = read_json(folder / "rng.json"), load_file(folder / "rng.safetensors")
     version, numbers, gauss = stored["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, position, has_gauss, cached = stored["numpy"]
     np.random.set_state((name, tensors["numpy"].numpy(), position, has_gauss, cached))
-    torch.set_rng_state(tensors["torch"])
-    if torch.cuda.is_available() and "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"])
+    known = len(tensors["torch"]) == ranks
+    # copies: torch reads a generator's state from where a tensor's memory begins, even a view's
+    own = {name: tensors[name][rank if known else 0].clone() for name in tensors.keys() - {"numpy"}}
+    torch.set_rng_state(own["torch"])
+    if torch.cuda.is_available() and "cuda" in own:
+        torch.cuda.set_rng_state(own["cuda"])
+    if rank and not known:
+        seed_rank(int(torch.randint(2**62, ())), rank)
+
+
+def seed_rank(seed: int, rank: int) -> None:
+    """Give ranks generators of their own, so that dropout drops elsewhere in each one's rows; the
+    first keeps what it has, as one process."""
+    if rank:
+        torch.manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]))
 
 
 def _save_optimizer(state: dict[str, Any], path: Path) -> None:
@@ -161,12 +186,18 @@ def _save_optimizer(state: dict[str, Any], path: Path) -> None:
     _write(path / "optimizer.json", {"state": rest, "param_groups": _plain(state["param_groups"])})
 
 
-def _save_random_state(path: Path) -> None:
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.copy())}
+def _generators(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """States of torch's generators by device, (ranks, bytes); all ranks have to call it."""
+    states = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    save_file(tensors, path / "rng.safetensors")
+        states["cuda"] = torch.cuda.get_rng_state()
+    device = next(model.parameters()).device  # ranks on GPUs send what is on these
+    return {name: of_ranks(state.to(device)).cpu() for name, state in states.items()}
+
+
+def _save_random_state(generators: dict[str, torch.Tensor], path: Path) -> None:
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    save_file({**generators, "numpy": torch.from_numpy(keys.copy())}, path / "rng.safetensors")
     numpy_state = [name, position, has_gauss, cached]
     _write(path / "rng.json", {"python": random.getstate(), "numpy": numpy_state})
 

@@ -227,7 +227,7 @@ class ResumableTrainer(Trainer):
         """The running loss, each rank's, that the Trainer itself forgets in a checkpoint; all ranks
         have to call it."""
         return {
-            "running": self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist(),
+            "running": checkpoint.of_ranks(self._tr_loss.detach()).tolist(),
             "total": self._total_loss_scalar,
             "last_logged_step": self._globalstep_last_logged,
         }
@@ -263,7 +263,8 @@ class ResumableTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint_folder) -> None:
         if checkpoint_folder is not None:
-            checkpoint.load_random_state(Path(checkpoint_folder))
+            rank, ranks = self.args.process_index, self.args.world_size
+            checkpoint.load_random_state(Path(checkpoint_folder), rank, ranks)
 
 
 def _statistics(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -276,12 +277,7 @@ def statistics_of_ranks(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Running statistics by name, (ranks, ...); all ranks have to call it. Without ranks: none."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return {}
-    found = {}
-    for name, own in _statistics(model).items():
-        parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, own.contiguous())
-        found[name] = torch.stack(parts)
-    return found
+    return {name: checkpoint.of_ranks(own) for name, own in _statistics(model).items()}
 
 
 def _take_statistics(model: torch.nn.Module, of_ranks: dict[str, torch.Tensor]) -> None:
@@ -423,6 +419,8 @@ def _train(
         restorer = LossRestorer(read_json(resume / "loss_accumulator.json"))
         restorer.trainer = trainer
         trainer.add_callback(restorer)
+    else:
+        checkpoint.seed_rank(job.seed, trainer.args.process_index)
     stopper = Stopper()
     trainer.add_callback(stopper)
     trainer.begin = time.perf_counter()
