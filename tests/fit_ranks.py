@@ -3,8 +3,9 @@
 usage: [torchrun --nproc_per_node=2] tests/fit_ranks.py OUTPUT JSON...
 
 Each JSON is a training: family, folder, micro_rows, accumulation, and if wanted sharded, stop (the
-step at which it is killed), logging and saving (every so many steps), checkpointing (of gradients).
-OUTPUT gets what rank 0 saw of each layer's weights while it trained: whether they were shards.
+step at which it is killed), logging and saving (every so many steps), checkpointing (of gradients),
+rows (of all steps). OUTPUT gets what rank 0 saw of each layer's weights while it trained: whether
+they were shards.
 """
 
 import contextlib
@@ -51,9 +52,11 @@ def train(
     logging: int = 1,
     saving: int = 2,
     checkpointing: bool = False,
+    rows: int = ROWS,
 ) -> list[bool]:
-    """Six steps of eight rows; whether each weight was a shard in the last of them."""
-    blocks = np.random.default_rng(0).integers(1, V, (ROWS, T))
+    """Six steps of eight rows, the last of fewer where `rows` are; whether each weight was a shard
+    in the last of them."""
+    blocks = np.random.default_rng(0).integers(1, V, (rows, T))
     section = TrainingConfig(
         per_device_train_batch_size=micro_rows,
         gradient_accumulation_steps=accumulation,

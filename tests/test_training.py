@@ -12,7 +12,7 @@ from modeling_monet import MonetConfig, MonetForCausalLM
 from tiered import checkpoint
 from tiered.blocks import batch_rows, training_arguments
 from tiered.config import Config, DataConfig, PartitionConfig, TrainingConfig
-from tiered.fitting import Fit, OrderedBlocks, fit
+from tiered.fitting import Fit, OrderedBlocks, fit, without_empty
 from tiered.partition import make_partition_map
 from tiered.record import device_of, environment
 from tiered.store import UserError
@@ -117,6 +117,18 @@ def test_resumed_state_continues_bit_for_bit(tmp_path):
     for a, b in zip(kept.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert kept.lr_scheduler.get_last_lr() == resumed.lr_scheduler.get_last_lr()
+
+
+def test_empty_rows_are_in_no_micro_batch_that_has_others():
+    ordered = OrderedBlocks(BLOCKS, 1.0, 7)
+    shared = ordered.shared(8)
+    assert (len(ordered), len(shared)) == (10, 16)
+    assert shared.tokens == ordered.tokens == BLOCKS.size
+    batches = [without_empty([shared[i] for i in range(j, j + 4)]) for j in range(0, 16, 4)]
+    rows = np.concatenate([batch["input_ids"] for batch in batches[:3]])
+    assert np.array_equal(rows, BLOCKS[ordered.order])  # 4, 4 and 2
+    assert [("empty" in batch) for batch in batches] == [False, False, False, True]
+    assert batches[3]["input_ids"].shape == (1, 2) and (batches[3]["labels"] == -100).all()
 
 
 def test_ranks_that_a_checkpoint_does_not_know_draw_numbers_of_their_own(tmp_path):

@@ -4,6 +4,7 @@ What is trained in which order is the caller's: a dataset in training order, a s
 """
 
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -28,6 +29,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
 )
 from transformers.integrations import WandbCallback
 
@@ -53,6 +55,8 @@ from tiered.store import (
 )
 from tiered.workers import in_worker
 
+EMPTY = -1  # place of a block in the order of training that stands for none
+
 
 class OrderedBlocks(torch.utils.data.Dataset):
     """Blocks (rows, T) in training order: one seeded permutation per pass over them."""
@@ -67,6 +71,19 @@ class OrderedBlocks(torch.utils.data.Dataset):
         self.blocks = blocks
         self.separator = separator
 
+    def shared(self, rows: int) -> "OrderedBlocks":
+        """These blocks, and behind them empty ones up to a multiple of `rows`: one micro-batch of
+        every rank. Without them accelerate has ranks train on the first blocks once more."""
+        filled = copy.copy(self)
+        empty = -len(self.order) % rows
+        filled.order = np.concatenate([self.order, np.full(empty, EMPTY)])
+        return filled
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to train on; those of empty blocks are not."""
+        return int((self.order != EMPTY).sum()) * self.blocks.shape[1]
+
     def __len__(self) -> int:
         return len(self.order)
 
@@ -79,7 +96,17 @@ class OrderedBlocks(torch.utils.data.Dataset):
             # the first token of a document has no context of its own: it is not predicted.
             labels[positions == 0] = -100
             item["position_ids"] = torch.from_numpy(positions.astype(np.int64))
+        if self.order[index] == EMPTY:
+            labels[:] = -100
+            item["empty"] = torch.tensor([True])
         return {**item, "labels": torch.from_numpy(labels)}
+
+
+def without_empty(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A micro-batch of the rows that are not empty; if all are, of two tokens: the least that a
+    model has a loss of."""
+    batch = default_data_collator([row for row in rows if "empty" not in row] or rows[:1])
+    return {n: t[:, :2] for n, t in batch.items()} if "empty" in batch else batch
 
 
 class ProgressBar(TrainerCallback):
@@ -237,6 +264,16 @@ class ResumableTrainer(Trainer):
         own = getattr(loader, "base_dataloader", loader)  # what accelerate has wrapped
         own.worker_init_fn = functools.partial(stopping.outlast, own.worker_init_fn)
         return loader
+
+    def compute_loss(self, model, inputs, *arguments, **more) -> torch.Tensor:
+        """Of an empty micro-batch, 0 with gradients 0: the other ranks wait for its rank's."""
+        if inputs.pop("empty", None) is None:
+            return super().compute_loss(model, inputs, *arguments, **more)
+        model.eval()  # which counts no loads, keeps running statistics and drops out nothing
+        inputs = {**inputs, "labels": inputs["input_ids"]}
+        loss = super().compute_loss(model, inputs, *arguments, **more)
+        model.train()
+        return 0 * loss
 
     def unite_ranks(self) -> None:
         """Give every rank what the others alone know; before anything is saved."""
@@ -467,7 +504,7 @@ def _publish(
         record = {
             **job.record,
             "optimizer_steps": trainer.state.global_step,
-            "tokens": int(len(trainer.train_dataset) * trainer.train_dataset.blocks.shape[1]),
+            "tokens": trainer.train_dataset.tokens,
             "final_training_loss_nats": losses[-1]["loss"] if losses else None,
             **finish(model, path),
         }
@@ -520,10 +557,12 @@ def _make_trainer(
             raise ValueError("fp16: not supported (its loss scaler is not resumed); use bf16")
         # one process drives one GPU (more of them: torchrun); DataParallel would multiply the batch
         training_arguments._n_gpu = min(1, training_arguments.n_gpu)
+        rows = training_arguments.per_device_train_batch_size
         trainer = trainer_class(
             model=model,
             args=training_arguments,
-            train_dataset=blocks,
+            data_collator=without_empty,
+            train_dataset=blocks.shared(rows * world_size()) if world_size() > 1 else blocks,
             callbacks=[*trackers, AfterStep(), *callbacks],
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
