@@ -71,13 +71,17 @@ class OrderedBlocks(torch.utils.data.Dataset):
         self.blocks = blocks
         self.separator = separator
 
-    def shared(self, rows: int) -> "OrderedBlocks":
-        """These blocks, and behind them empty ones up to a multiple of `rows`: one micro-batch of
-        every rank. Without them accelerate has ranks train on the first blocks once more."""
-        filled = copy.copy(self)
-        empty = -len(self.order) % rows
-        filled.order = np.concatenate([self.order, np.full(empty, EMPTY)])
-        return filled
+    def shared(self, rows: int, ranks: int, drop_last: bool = False) -> "OrderedBlocks":
+        """These blocks for micro-batches of `rows`: with empty blocks behind them, so that all
+        ranks have as many. Without these accelerate has ranks train on the first blocks again.
+        drop_last: without the blocks of a last micro-batch of fewer rows."""
+        shared = copy.copy(self)
+        if drop_last:
+            shared.order = self.order[: len(self.order) // rows * rows]
+        if ranks > 1:
+            empty = -len(shared.order) % (rows * ranks)
+            shared.order = np.concatenate([shared.order, np.full(empty, EMPTY)])
+        return shared
 
     @property
     def tokens(self) -> int:
@@ -562,7 +566,9 @@ def _make_trainer(
             model=model,
             args=training_arguments,
             data_collator=without_empty,
-            train_dataset=blocks.shared(rows * world_size()) if world_size() > 1 else blocks,
+            train_dataset=blocks.shared(
+                rows, world_size(), training_arguments.dataloader_drop_last
+            ),
             callbacks=[*trackers, AfterStep(), *callbacks],
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
