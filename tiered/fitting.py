@@ -279,6 +279,13 @@ class ResumableTrainer(Trainer):
         model.train()
         return 0 * loss
 
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Of a model in shards (FSDP2), gradients are summed over ranks after every micro-batch:
+        they stay in shards, which is what it is split for. The Trainer's own would keep them whole
+        until a step's last, and asks for a DistributedConfig that such a model does not have."""
+        yield
+
     def unite_ranks(self) -> None:
         """Give every rank what the others alone know; before anything is saved."""
         average_statistics(self.model)
