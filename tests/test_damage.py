@@ -130,7 +130,8 @@ def content(path: Path) -> bytes | None:
 
 def outcome(folder: Path, path: Path, calm: Calm, calls: Sequence) -> str:
     """What calls make of a damaged file: `named` in an error, `made anew`, `not read` (the damage
-    is still there, all else is right), or what is wrong."""
+    is still there, all else is right), or what is wrong. A report names what is missing and has the
+    rest."""
     damage, place = content(path), path.relative_to(folder)
     # every name of the file; or a published folder that it lies in
     names = {place, *calm.names[place.as_posix()]}
@@ -146,6 +147,8 @@ def outcome(folder: Path, path: Path, calm: Calm, calls: Sequence) -> str:
     found = made(folder)
     wrong = {n for n in calm.made | found if calm.made.get(n) != found.get(n)}
     if calls == (REPORT,):
+        if any(f"{n} is missing: what it holds is not in the report" in output for n in names):
+            return "named"
         pages = {n for n, h in calm.report.items() if h != hashed(folder / "report").get(n)}
         return f"SILENT: {place}: {sorted(pages)[:5]}" if pages else "not read"
     if content(path) == damage and {Path(n) for n in wrong} <= names:

@@ -245,6 +245,16 @@ def test_pages_show_it(project, tmp_path):
     assert f"| {found['continuity']['1']['observed']:.3f} |" in table
 
 
+def test_a_report_without_what_was_noted_says_so(project, tmp_path):
+    shutil.copytree(project / "runs/moe", tmp_path / "moe")
+    (tmp_path / "moe/models/0/observed.jsonl").unlink()
+    with pytest.raises(UserError, match=r"models/0/observed\.jsonl"):
+        build([tmp_path / "moe"], tmp_path / "report")
+    (tmp_path / "moe/eval/experts.json").unlink()
+    text = build([tmp_path / "moe"], tmp_path / "report").read_text()
+    assert f"{tmp_path}/moe/eval/experts.json is missing" in text
+
+
 def test_equal_inputs_are_not_read_again(project, tmp_path):
     path = project / "runs/moe/eval/experts.json"
     before = path.stat().st_mtime_ns

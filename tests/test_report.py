@@ -138,6 +138,27 @@ def test_a_report_of_a_part_of_a_run_says_what_is_missing(lost, message, tiny, t
         build([tmp_path / "runs/n2"], tmp_path / "report")
 
 
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("n2", "metrics.json"),
+        ("n2", "unlearn/compartments.json"),
+        ("k4", "partition/clusters/clusters.json"),
+    ],
+)
+def test_a_report_names_what_is_missing_and_shows_the_rest(name, lost, rich, tmp_path, capsys):
+    """A stage may be at work, or a run was copied in part."""
+    folder = tmp_path / name
+    shutil.copytree(rich / "runs" / name, folder)
+    whole = build([folder], tmp_path / "whole").read_text(encoding="utf-8")
+    assert "is missing" not in whole + capsys.readouterr().err
+    (folder / lost).unlink()
+    page = build([folder], tmp_path / "part").read_text(encoding="utf-8")
+    told = f"{folder / lost} is missing: what it holds is not in the report"
+    assert told in page and told in capsys.readouterr().err
+    assert "Utility (macro over domains)" in page and len(page) < len(whole)
+
+
 def test_results_of_other_models_are_not_reported_together(tiny, tmp_path):
     shutil.copytree(tiny / "runs/n2", tmp_path / "n2")
     path = tmp_path / "n2/metrics.json"

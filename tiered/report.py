@@ -515,7 +515,11 @@ def build(folders: list[Path], output: Path) -> Path:
         "Mixtures of partition models": ("mixtures", plot_mixtures(runs)),
         "Every model on every cluster or domain": ("experts", plot_experts(runs)),
     }
-    page, forgets = Page(output, f"Tiered routing: {names}", INTRODUCTION), []
+    page = Page(output, f"Tiered routing: {names}", INTRODUCTION)
+    for path in (path for run in runs for path in run.missing):
+        text = f"{path} is missing: what it holds is not in the report"
+        print(f"tiered.report: {text}", file=sys.stderr)
+        page.add(f"<p><strong>{html.escape(text)}.</strong></p>")
     forgets = list(dict.fromkeys(f for run in runs for f in run.unlearning))
     if forgets:
         links = [f'<a href="forget_{f}.html">{html.escape(f)}</a>' for f in forgets]

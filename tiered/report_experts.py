@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from tiered.runs import Run, cell
-from tiered.store import OBSERVED, read_json, verified
+from tiered.store import HASHES, OBSERVED, read_json, verified
 
 LINES = ("-", "--", ":", "-.")
 DRAWN = 256  # experts of a layer, at most, of which the use by domain is drawn
@@ -29,7 +29,7 @@ def experts_of_run(run: Run) -> dict[str, dict[str, Any]]:
 def observed(run: Run, k: str) -> list[dict[str, Any]]:
     """What was noted while partition k's model was trained, in order of steps."""
     folder = run.folder / "models" / k
-    if not (folder / OBSERVED).is_file():
+    if OBSERVED not in read_json(folder / HASHES):
         return []
     lines = verified(folder, OBSERVED).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

@@ -15,7 +15,8 @@ class Run:
     """One finished experiment.
 
     unlearning: forget set -> operation -> measures; checks: claims and whether they hold;
-    compartments: how far domains are kept apart, empty where it was not measured.
+    compartments: how far domains are kept apart, empty where it was not measured; missing: files
+    that its stages leave and that are not there, so that something is not in the report.
     """
 
     folder: Path
@@ -24,6 +25,7 @@ class Run:
     unlearning: dict[str, Any]
     checks: list[dict[str, Any]] = field(default_factory=list)
     compartments: dict[str, Any] = field(default_factory=dict)
+    missing: list[Path] = field(default_factory=list)
     short_name: str = ""
 
     @property
@@ -96,7 +98,22 @@ def load_run(folder: Path) -> Run:
         found.get("unlearning", {}),
         found.get("checks", []),
         read_json(apart) if wanted else {},
+        _missing(folder, config),
     )
+
+
+def _missing(folder: Path, config: dict[str, Any]) -> list[Path]:
+    """Files that a run has, by its config and its other files, unless it was copied in part or a
+    stage is at work."""
+    unlearned = any(folder.glob("unlearn/*/*/metrics.json"))
+    expected = {
+        "seed_lm/record.json": config["model"]["init_from"] == "seed",
+        "partition/clusters/clusters.json": config["partition"]["method"] == "cluster",
+        "eval/experts.json": config["eval"]["expert_rows"] > 0,
+        "unlearn/compartments.json": unlearned and config["unlearn"]["compartments"],
+        "metrics.json": unlearned,
+    }
+    return [folder / n for n, due in expected.items() if due and not (folder / n).is_file()]
 
 
 def tell_apart(runs: list[Run]) -> None:
