@@ -4,8 +4,8 @@ usage: [torchrun --nproc_per_node=2] tests/fit_ranks.py OUTPUT JSON...
 
 Each JSON is a training: family, folder, micro_rows, accumulation, and if wanted sharded, stop (the
 step at which it is killed), logging and saving (every so many steps), checkpointing (of gradients),
-rows (of all steps). OUTPUT gets what rank 0 saw of each layer's weights while it trained: whether
-they were shards.
+rows (of all steps), own_mean (of each rank's tokens as its loss). OUTPUT gets what rank 0 saw of
+each layer's weights while it trained: whether they were shards.
 """
 
 import contextlib
@@ -53,6 +53,7 @@ def train(
     saving: int = 2,
     checkpointing: bool = False,
     rows: int = ROWS,
+    own_mean: bool = False,
 ) -> list[bool]:
     """Six steps of eight rows, the last of fewer where `rows` are; whether each weight was a shard
     in the last of them."""
@@ -64,7 +65,10 @@ def train(
         save_steps=saving,
         learning_rate=1e-2,
         max_grad_norm=0.3,  # below the norms that come up: clipping has to agree
-        arguments={"gradient_checkpointing": checkpointing},
+        arguments={
+            "gradient_checkpointing": checkpointing,
+            "average_tokens_across_devices": not own_mean,
+        },
     )
     config = Config(name="ranks", device="cpu", threads=1, training=section)
     arguments = training_arguments(config, 1.0)

@@ -115,6 +115,7 @@ def fits(tmp_path_factory) -> Path:
             jobs.append(fit_job(folder, family, f"{way}-one", **half, **WAYS[way]))
             jobs.append(fit_job(folder, family, f"one-{way}", **log, **WAYS[way]))
     jobs += [fit_job(folder, f, f"{w}-{r}", rows=r, **SHORT[r], **WAYS[w]) for f, w, r in SHORTER]
+    jobs.append(fit_job(folder, "monet", "own", rows=43, own_mean=True))
     jobs += [fit_job(folder, "dropout", w, **WAYS[w]) for w in ("ddp", "fsdp")]
     for family in (*FAMILIES[:2], "dropout"):
         for way in ("ddp", "fsdp"):
@@ -174,6 +175,14 @@ def test_ranks_train_on_every_row_once(fits, family, way, rows):
     same_training(fits, family, f"{way}-{rows}", f"one-{rows}")
     records = [fits / f"{family}-{n}-{rows}/model/record.json" for n in ("one", way)]
     assert [json.loads(r.read_text())["tokens"] for r in records] == [rows * 12] * 2
+
+
+def test_a_rank_without_rows_changes_nothing_where_each_takes_its_own_mean(fits):
+    """It counts no tokens then: nothing is divided by them."""
+    losses = [line["loss"] for line in log_of(fits / "monet-own")]
+    assert len(losses) == 6 and all(3 < loss < 5 for loss in losses[:-1]) and 0 < losses[-1] < 5
+    weights = load_file(fits / "monet-own/model/model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
 
 
 def test_fsdp_holds_shards_and_publishes_the_whole(fits):

@@ -586,7 +586,8 @@ def test_adapters_read_back_by_module(project):
 
 
 def test_report_has_held_in_and_held_out_by_every_way_to_choose(project, tmp_path):
-    build([project / "runs/lora", project / "runs/clean"], tmp_path)
+    page = build([project / "runs/lora", project / "runs/clean"], tmp_path)
+    assert "is missing" not in page.read_text(encoding="utf-8")
     text = (
         tmp_path / "tables/lora_experts__held_in_and_held_out__t8__bits_per_byte.csv"
     ).read_text()

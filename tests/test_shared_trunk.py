@@ -338,7 +338,7 @@ def test_mistakes_in_a_config_are_one_line(project, monkeypatch):
 
 def test_report_has_the_tables_of_novel_domains_and_adaptation(project, tmp_path):
     page = build([project / f"runs/{n}" for n in CONFIGS], tmp_path)
-    assert page.is_file()
+    assert "is missing" not in page.read_text(encoding="utf-8")
 
     def rows(name):
         with (tmp_path / f"tables/{name}.csv").open(encoding="utf-8", newline="") as file:

@@ -121,11 +121,11 @@ def test_resumed_state_continues_bit_for_bit(tmp_path):
 
 def test_empty_rows_are_in_no_micro_batch_that_has_others():
     ordered = OrderedBlocks(BLOCKS, 1.0, 7)
-    shared = ordered.shared(4, 2)
+    shared = ordered.for_ranks(4, 2)
     assert (len(ordered), len(shared)) == (10, 16)
-    assert np.array_equal(ordered.shared(4, 1).order, ordered.order)
+    assert np.array_equal(ordered.for_ranks(4, 1).order, ordered.order)
     # as one process that drops the last two rows
-    dropped = [ordered.shared(4, ranks, drop_last=True) for ranks in (1, 2, 3)]
+    dropped = [ordered.for_ranks(4, ranks, drop_last=True) for ranks in (1, 2, 3)]
     assert [len(d) for d in dropped] == [8, 8, 12] and {d.tokens for d in dropped} == {32}
     assert shared.tokens == ordered.tokens == BLOCKS.size
     batches = [without_empty([shared[i] for i in range(j, j + 4)]) for j in range(0, 16, 4)]

@@ -24,6 +24,7 @@ from tiered.store import (
     atomic_folder,
     is_complete,
     read_json,
+    seed_of,
     verify,
     write_json,
 )
@@ -171,7 +172,7 @@ def seed_rank(seed: int, rank: int) -> None:
     """Give ranks generators of their own, so that dropout drops elsewhere in each one's rows; the
     first keeps what it has, as one process."""
     if rank:
-        torch.manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]))
+        torch.manual_seed(seed_of(seed, "rank", rank))
 
 
 def _save_optimizer(state: dict[str, Any], path: Path) -> None:

@@ -71,17 +71,17 @@ class OrderedBlocks(torch.utils.data.Dataset):
         self.blocks = blocks
         self.separator = separator
 
-    def shared(self, rows: int, ranks: int, drop_last: bool = False) -> "OrderedBlocks":
+    def for_ranks(self, rows: int, ranks: int, drop_last: bool = False) -> "OrderedBlocks":
         """These blocks for micro-batches of `rows`: with empty blocks behind them, so that all
         ranks have as many. Without these accelerate has ranks train on the first blocks again.
         drop_last: without the blocks of a last micro-batch of fewer rows."""
-        shared = copy.copy(self)
+        blocks = copy.copy(self)
         if drop_last:
-            shared.order = self.order[: len(self.order) // rows * rows]
+            blocks.order = self.order[: len(self.order) // rows * rows]
         if ranks > 1:
-            empty = -len(shared.order) % (rows * ranks)
-            shared.order = np.concatenate([shared.order, np.full(empty, EMPTY)])
-        return shared
+            empty = -len(blocks.order) % (rows * ranks)
+            blocks.order = np.concatenate([blocks.order, np.full(empty, EMPTY)])
+        return blocks
 
     @property
     def tokens(self) -> int:
@@ -100,7 +100,7 @@ class OrderedBlocks(torch.utils.data.Dataset):
             # the first token of a document has no context of its own: it is not predicted.
             labels[positions == 0] = -100
             item["position_ids"] = torch.from_numpy(positions.astype(np.int64))
-        if self.order[index] == EMPTY:
+        if self.order[index] == EMPTY:  # which has the last block's tokens, and predicts none
             labels[:] = -100
             item["empty"] = torch.tensor([True])
         return {**item, "labels": torch.from_numpy(labels)}
@@ -274,8 +274,8 @@ class ResumableTrainer(Trainer):
         if inputs.pop("empty", None) is None:
             return super().compute_loss(model, inputs, *arguments, **more)
         model.eval()  # which counts no loads, keeps running statistics and drops out nothing
-        inputs = {**inputs, "labels": inputs["input_ids"]}
-        loss = super().compute_loss(model, inputs, *arguments, **more)
+        # a mean over its own tokens: the step's count may be of this rank alone, then 0
+        loss = super().compute_loss(model, {**inputs, "labels": inputs["input_ids"]})
         model.train()
         return 0 * loss
 
@@ -573,7 +573,7 @@ def _make_trainer(
             model=model,
             args=training_arguments,
             data_collator=without_empty,
-            train_dataset=blocks.shared(
+            train_dataset=blocks.for_ranks(
                 rows, world_size(), training_arguments.dataloader_drop_last
             ),
             callbacks=[*trackers, AfterStep(), *callbacks],
