@@ -14,7 +14,7 @@ from tiered.baselines.modeling_moe import MoeForCausalLM
 from tiered.config import load
 from tiered.data import ProcessedData
 from tiered.experts import expert_masks, expert_scores, experts_of, mean_expert_weights
-from tiered.inspection import ablations, domain_bpb
+from tiered.inspection import ablations, chosen_texts, domain_bpb, pieces_of, spelled
 from tiered.methods import moe_config
 from tiered.partition import make_partition_map
 from tiered.recorder import RoutingRecorder
@@ -23,7 +23,11 @@ from tiered.router import load_models, run_models
 from tiered.store import UserError, read_json, tree_hashes
 from tiered.training import expert_devices, train_partition
 
-WATCHED = "eval: {expert_rows: 6, expert_ablations: 2, flow_tokens: 10}\n"
+TEXT = "नमस्ते, 你好 world"  # of a reader's own
+WATCHED = (
+    "eval: {expert_rows: 6, expert_ablations: 2, flow_tokens: 10,"
+    f" flow_texts: {{greeting: '{TEXT}'}}}}\n"
+)
 CONFIGS = {
     "moe": "base: base.yaml\nname: moe\npartition: {n: 1}\n"
     "model: {type: moe, num_attention_heads: 2, num_experts: 6, intermediate_size: 8,"
@@ -88,18 +92,55 @@ def test_words_contexts_and_flow_are_of_the_text(project, monkeypatch):
             assert sum(expert["domains"].values()) == pytest.approx(1, abs=1e-3)
             for context in expert["contexts"]:
                 whole = "".join(texts[context["domain"]])
-                for part in context["text"]:  # a token may be a part of a character
-                    assert "\ufffd" in part or part in whole
-                seen += "\ufffd" not in "".join(context["text"])
+                before, token, after = context["text"]
+                assert before in whole and after in whole
+                if "\\x" not in token:  # bytes of a character that goes on
+                    assert before + token + after in whole
+                    seen += 1
     assert seen > 20
-    for domain, flow in found["flow"].items():
-        row = data.rows(domain, "test", 1).input_ids[0, :10].tolist()
-        assert flow["tokens"] == [data.tokenizer.decode([i]) for i in row]
-        assert [len(group) for group in flow["groups"]] == [10, 10]
+    flows, pieces = found["flow"], pieces_of(data)
+    assert list(flows) == ["greeting", *data.domains]
+    ids = data.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    given = {d: data.rows(d, "test", 1).input_ids[0, :10].tolist() for d in data.domains}
+    for name, row in {"greeting": ids, **given}.items():
+        flow = flows[name]
+        assert flow["tokens"] == ["".join(parts) for parts in spelled(pieces, row)]
+        assert [len(group) for group in flow["groups"]] == [len(row), len(row)]
         for group in flow["groups"]:
             for tops in group:
                 weights = [w for _, w in tops]
                 assert len(tops) == 2 and weights == sorted(weights, reverse=True)
+    assert "".join(text for text, _ in spelled(pieces, ids)) == TEXT
+
+
+def test_a_character_of_several_tokens_stands_at_the_last_of_them():
+    pieces = ["你".encode()[:2], "你".encode()[2:] + b" a", b"\xe5", b"\xa5", b"\xbd", b"", b"\xbd"]
+    assert spelled(pieces, range(7)) == [
+        ("", r"\xe4\xbd"),
+        ("你 a", ""),
+        ("", r"\xe5"),
+        ("", r"\xa5"),
+        ("好", ""),
+        ("", ""),
+        (r"\xbd", ""),  # goes on with nothing: a row may begin inside of a character
+    ]
+
+
+def test_a_special_token_has_its_name(project, monkeypatch):
+    monkeypatch.chdir(project)
+    _, data, _, _ = loaded(project, "moe")
+    pieces, separator = pieces_of(data), data.separator_id
+    assert pieces[separator].decode() == data.tokenizer.convert_ids_to_tokens(separator) != ""
+    assert all(pieces)
+
+
+def test_a_text_of_no_token_is_refused(project, monkeypatch):
+    monkeypatch.chdir(project)
+    config = load("configs/moe.yaml", ["eval.flow_texts={nothing: ''}"])
+    with pytest.raises(UserError, match=r"eval\.flow_texts\.nothing: no token in ''"):
+        chosen_texts(config, ProcessedData(config))
+    with pytest.raises(UserError, match=r"eval\.flow_texts: 'hi' is a domain"):
+        load("configs/moe.yaml", ["eval.flow_texts={hi: some text}"])
 
 
 def test_an_ablation_is_the_change_that_leaving_out_makes(project, monkeypatch):

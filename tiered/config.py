@@ -517,6 +517,9 @@ class EvalConfig:
         0, "experts per layer, the busiest, that are left out one at a time on those rows", low=0
     )
     flow_tokens: int = opt(24, "tokens per domain whose way through the layers is drawn", low=1)
+    flow_texts: dict[str, str] = opt(
+        {}, "expert pages: name -> a text of yours whose way through the layers is drawn as well"
+    )
     cached_rows: int = opt(100, "validation rows that make the cached prior", low=1)
     context_lengths: tuple[int, ...] = opt(
         (1, 2, 4, 8, 16, 32, 64),
@@ -990,6 +993,9 @@ def check(config: Config) -> Config:
         for name in names:
             if name not in allowed:
                 raise UserError(f"{key}: {name!r} is not in data.domains ({', '.join(allowed)})")
+    for name in config.eval.flow_texts:
+        if name in named:
+            raise UserError(f"eval.flow_texts: {name!r} is a domain, whose text is drawn anyway")
     if not config.present_domains:
         raise UserError("data.exclude_domains: every domain is excluded")
     _check_splits(data)

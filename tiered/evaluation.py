@@ -446,7 +446,7 @@ def _mixture_macro(domains: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 # fields of eval that concern the expert pages alone
-EXPERT_SETTINGS = ("expert_rows", "expert_ablations", "flow_tokens")
+EXPERT_SETTINGS = ("expert_rows", "expert_ablations", "flow_tokens", "flow_texts")
 
 
 def evaluation_key(

@@ -3,7 +3,8 @@
 Shapes: D domains, G groups (layers; a Monet's router groups), X experts of a group.
 """
 
-from collections.abc import Callable, Iterable
+import codecs
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from tiered.record import device_of, training_environment
 from tiered.recorder import RoutingRecorder, path_coverage
 from tiered.router import load_models
 from tiered.scoring import score_prefixes
-from tiered.store import code_hash, content_hash, digest, read_json, write_json
+from tiered.store import UserError, code_hash, content_hash, digest, read_json, write_json
+from tiered.tokenization import Encoder
 
 CODE = tuple(f"tiered/{name}.py" for name in ("experts", "inspection", "recorder", "scoring"))
 SHOWN = 64  # experts of a group that get a place on a page, the busiest
@@ -67,6 +69,7 @@ def inspect_experts(
 ) -> dict[str, Any]:
     """partition -> what its model's experts did with the rows of its domains."""
     found, section = {}, config.eval
+    pieces, texts = pieces_of(data), chosen_texts(config, data)
     for k, model in models.items():
         model = model.to(device_of(config))
         domains = [d for d in data.domains if d in partitions.members[k]]
@@ -80,9 +83,13 @@ def inspect_experts(
         found[str(k)] = {
             **recorder.summary(config.seed),
             "skewed": skewed_sets(recorder),
-            "shown": [_shown(recorder, g, rows, data) for g in range(recorder.weights.shape[1])],
+            "shown": [_shown(recorder, g, rows, pieces) for g in range(recorder.weights.shape[1])],
             "flow": {
-                d: flow(model, r.input_ids[:1], section.flow_tokens, data) for d, r in rows.items()
+                name: flow(model, ids, pieces)
+                for name, ids in {
+                    **texts,
+                    **{d: r.input_ids[:1, : section.flow_tokens] for d, r in rows.items()},
+                }.items()
             },
             "ablation": ablations(config, recorder, model, rows, progress),
         }
@@ -109,8 +116,41 @@ def skewed_sets(recorder: RoutingRecorder) -> dict[str, dict[str, dict[str, Any]
     return sets
 
 
+def pieces_of(data: ProcessedData) -> list[bytes]:
+    """UTF-8 bytes of every token id; a special token's are its name's."""
+    pieces = Encoder(data.folder / "tokenizer").pieces()
+    names = data.tokenizer.convert_ids_to_tokens(range(len(pieces)))
+    return [p or (name or "").encode() for p, name in zip(pieces, names, strict=True)]
+
+
+def spelled(pieces: Sequence[bytes], ids: Sequence[int]) -> list[tuple[str, str]]:
+    """Of every token of a text the characters that end in it, and its bytes of one that later
+    tokens end, as `\\xe4\\xbd`: alone, a third of the tokens of some scripts would be no text."""
+    decoder, found = codecs.getincrementaldecoder("utf-8")("backslashreplace"), []
+    for i in ids:
+        text = decoder.decode(pieces[i])
+        begun = decoder.getstate()[0]  # earlier tokens' bytes, too
+        found.append((text, _escaped(begun[-len(pieces[i]) :])) if pieces[i] else (text, ""))
+    return found
+
+
+def _escaped(raw: bytes) -> str:
+    return raw.decode("utf-8", "backslashreplace")
+
+
+def chosen_texts(config: Config, data: ProcessedData) -> dict[str, np.ndarray]:
+    """Ids (1, T) of eval.flow_texts, at most a block of each."""
+    encoder, found = Encoder(data.folder / "tokenizer"), {}
+    for name, text in config.eval.flow_texts.items():
+        ids = encoder.encode([text])[0][0][: config.data.block_size]
+        if not len(ids):
+            raise UserError(f"eval.flow_texts.{name}: no token in {text!r}")
+        found[name] = ids[None]
+    return found
+
+
 def _shown(
-    recorder: RoutingRecorder, g: int, rows: dict[str, Rows], data: ProcessedData
+    recorder: RoutingRecorder, g: int, rows: dict[str, Rows], pieces: Sequence[bytes]
 ) -> list[dict[str, Any]]:
     """The busiest experts of a group: load, share of its weight per domain, words, contexts."""
     load = recorder.load(g)
@@ -123,12 +163,12 @@ def _shown(
             "expert": e,
             "load": round(load[e] / load.sum(), 6),
             "domains": {d: round(share[i, e].item(), 4) for i, d in enumerate(recorder.domains)},
-            "words": [data.tokenizer.decode([w]) for w in words[e]],
+            "words": [_escaped(pieces[w]) for w in words[e]],
             "contexts": [
                 {
                     "weight": round(weight, 4),
                     "domain": domain,
-                    "text": _around(rows[domain].input_ids[row], position, data),
+                    "text": _around(rows[domain].input_ids[row], position, pieces),
                 }
                 for weight, domain, row, position in contexts[e]
             ],
@@ -138,22 +178,17 @@ def _shown(
     ]
 
 
-def _around(ids: np.ndarray, position: int, data: ProcessedData) -> list[str]:
+def _around(ids: np.ndarray, position: int, pieces: Sequence[bytes]) -> list[str]:
     """Text before a token, the token, and what follows."""
-    parts = (
-        ids[max(0, position - BEFORE) : position],
-        ids[position : position + 1],
-        ids[position + 1 : position + 1 + AFTER],
-    )
-    return [data.tokenizer.decode(part.tolist()) for part in parts]
+    texts = spelled(pieces, ids[: position + 1 + AFTER].tolist())
+    before, after = texts[max(0, position - BEFORE) : position], texts[position + 1 :]
+    return ["".join(t for t, _ in before), "".join(texts[position]), "".join(t for t, _ in after)]
 
 
-def flow(
-    model: torch.nn.Module, input_ids: np.ndarray, tokens: int, data: ProcessedData
-) -> dict[str, Any]:
-    """The way of one row's first tokens (1, T): per token and group its heaviest experts [expert,
-    weight], heaviest first."""
-    ids = torch.from_numpy(np.ascontiguousarray(input_ids[:, :tokens], dtype=np.int64))
+def flow(model: torch.nn.Module, input_ids: np.ndarray, pieces: Sequence[bytes]) -> dict[str, Any]:
+    """The way of a text (1, T): per token and group its heaviest experts [expert, weight], heaviest
+    first."""
+    ids = torch.from_numpy(np.ascontiguousarray(input_ids, dtype=np.int64))
     with evaluating(model):
         groups = routing_of(model, ids)
     steps = []
@@ -168,7 +203,7 @@ def flow(
                 for pair in zip(most.indices.tolist(), most.values.tolist(), strict=True)
             ]
         )
-    texts = [data.tokenizer.decode([i]) for i in ids[0].tolist()]
+    texts = ["".join(parts) for parts in spelled(pieces, ids[0].tolist())]
     return {"tokens": texts, "groups": steps}
 
 

@@ -557,7 +557,8 @@ def expert_page(run: Run, k: str, found: dict[str, Any], output: Path) -> tuple[
     page.add(
         "<h2>The way of a text through the layers, token by token</h2>"
         "<p>The expert that a token gave most weight, darker for more; all of its experts are"
-        f" in the cell's title.</p>{flow_html(found)}"
+        " in the cell's title. A character that several tokens spell stands at the last of them;"
+        f" those before show its bytes (\\xe4).</p>{flow_html(found)}"
     )
     tables = {
         "by layer": group_table(found),

@@ -17,7 +17,7 @@ from tiered.store import HASHES, OBSERVED, read_json, verified
 LINES = ("-", "--", ":", "-.")
 DRAWN = 256  # experts of a layer, at most, of which the use by domain is drawn
 BANDS = 64  # experts of a layer whose load through training is drawn
-FLOWS = 4  # domains whose flow is drawn as a plot; the page has the table of every domain
+FLOWS = 4  # texts whose flow is drawn as a plot, chosen ones first; the page has every text's table
 
 
 def experts_of_run(run: Run) -> dict[str, dict[str, Any]]:
@@ -231,16 +231,16 @@ def plot_divergence(found: dict[str, Any]) -> plt.Figure | None:
 
 
 def plot_flow(found: dict[str, Any]) -> plt.Figure | None:
-    """One line per token of a text through the experts that it used most, layer by layer; the
-    wider, the more of the domain's tokens take that step."""
+    """The tokens of a text through the experts that they used most, layer by layer: the wider a
+    line, the more of them take that step."""
     chosen = list(found["flow"])[:FLOWS]
     if not chosen:
         return None
     figure, panels = _panels(len(chosen), 6.5, 3.6)
     experts, layers = found["experts"], len(found["groups"])
-    for axes, domain in zip(panels, chosen, strict=True):
+    for axes, name in zip(panels, chosen, strict=True):
         # a token that no expert is left to is drawn below them
-        flow = found["flow"][domain]["groups"]
+        flow = found["flow"][name]["groups"]
         tops = np.array([[t[0][0] if t else -1 for t in group] for group in flow])
         for g in range(layers - 1):
             steps, counts = np.unique(tops[g : g + 2], axis=1, return_counts=True)
@@ -254,7 +254,7 @@ def plot_flow(found: dict[str, Any]) -> plt.Figure | None:
         axes.set_ylim(-1.5, experts)
         axes.set_xlabel("layer")
         axes.set_ylabel("expert of a token")
-        axes.set_title(f"{domain}: {tops.shape[1]} tokens", fontsize=10)
+        axes.set_title(f"{name}: {tops.shape[1]} tokens", fontsize=10)
     return figure
 
 
@@ -304,9 +304,9 @@ details{margin:.3rem 0}summary{cursor:pointer}</style>
 
 
 def flow_html(found: dict[str, Any]) -> str:
-    """Per domain a table: a column per token, a row per layer; expert, shaded by its weight."""
+    """Per text a table: a column per token, a row per layer; expert, shaded by its weight."""
     parts = []
-    for i, (domain, flow) in enumerate(found["flow"].items()):
+    for i, (name, flow) in enumerate(found["flow"].items()):
         head = "".join(f"<th><bdi>{_visible(t)}</bdi></th>" for t in flow["tokens"])
         body = []
         most = max((t[0][1] for group in flow["groups"] for t in group if t), default=1.0)
@@ -324,7 +324,7 @@ def flow_html(found: dict[str, Any]) -> str:
         table = f"<table><tr><th></th>{head}</tr>{''.join(body)}</table>"
         opened = " open" if i == 0 else ""
         parts.append(
-            f"<details{opened}><summary>{html.escape(domain)}</summary>"
+            f"<details{opened}><summary>{html.escape(name)}</summary>"
             f"<div class='scroll flow'>{table}</div></details>"
         )
     return "".join(parts)
