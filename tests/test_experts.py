@@ -144,6 +144,11 @@ def test_shuffled_labels_show_what_chance_gives():
     joint = np.stack([noise[labels == d].sum(0) for d in "abc"])
     own = normalised_information(joint)
     assert abs(own - found.mean()) < 4 * found.std()
+    # documents that no expert is left to take no part, nor does a domain of such alone
+    more = np.concatenate([noise, np.zeros((4, 40))])
+    with_dead = np.concatenate([labels, ["a", "d", "d", "d"]])
+    same = permuted_information(more, with_dead, 20, np.random.default_rng(3))
+    assert np.array_equal(same, permuted_information(noise, labels, 20, np.random.default_rng(3)))
     real = np.kron(np.eye(3), np.ones((6, 1)))  # an expert for every domain
     assert permuted_information(real, labels, 20, g).max() < 0.7
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tiered.methods import moe_config
 from tiered.partition import make_partition_map
 from tiered.recorder import RoutingRecorder
 from tiered.report import build
+from tiered.report_experts import ablation_table, plot_flow
 from tiered.router import load_models, run_models
 from tiered.store import UserError, read_json, tree_hashes
 from tiered.training import expert_devices, train_partition
@@ -73,7 +75,8 @@ def test_every_model_is_read_on_its_own_domains(project, monkeypatch):
                 weights = mean_expert_weights(model, [torch.from_numpy(ids)]).flatten(1)
                 share = weights / weights.sum(1, keepdim=True)
                 for g, group in enumerate(found["groups"]):
-                    assert np.allclose(group["share_of_domain"][i], share[g], atol=2e-6)
+                    drawn = share[g][group["drawn"]]
+                    assert np.allclose(group["share_of_domain"][i], drawn, atol=2e-6)
 
 
 def test_words_contexts_and_flow_are_of_the_text(project, monkeypatch):
@@ -284,6 +287,34 @@ def test_pages_show_it(project, tmp_path):
     assert table.count("\n") == 2 + 3 and "EC(1)" in table
     found = read_json(project / "runs/moe/eval/experts.json")["partitions"]["0"]
     assert f"| {found['continuity']['1']['observed']:.3f} |" in table
+    own = (tmp_path / "experts_moe_0.html").read_text()
+    assert "Read: 6 rows of the test split per domain" in own and "<b>MaxVio</b>: largest" in own
+
+
+def test_what_is_left_out_has_its_layer_and_the_domain_that_it_hits():
+    found = {"layers": [[0, 1], [2, 3]], "ablation": {"experts": [], "paths": {}}}
+    change = {"hi": -0.02, "de": 0.3, "si": 0.01}
+    found["ablation"]["experts"].append({"group": 1, "expert": 7, "change_bpb": change})
+    small = {"path": [4, 7], "change_bpb": {"hi": 0.0004, "de": -0.2, "si": 0.0}}
+    found["ablation"]["paths"]["hi"] = small
+    single, path = ablation_table(found)
+    assert single["left out"] == "layers 2-3, expert 7" and path["left out"] == "path of hi: 4 7"
+    assert single["hits most"] == "de" and path["hits most"] == "none"
+    assert (single["hi"], single["de"], path["de"]) == ("-0.020", "+0.300", "-0.200")
+
+
+def test_a_flow_goes_through_the_heaviest_experts():
+    """Two layers behind a dense one, four experts, three tokens; the last has none in the first."""
+    groups = [[[[2, 0.9], [0, 0.1]], [[2, 0.6]], []], [[[1, 0.5]], [[3, 0.7]], [[3, 0.7]]]]
+    found = {"flow": {"mine": {"tokens": ["a", "b", "c"], "groups": groups}}}
+    found |= {"experts": 4, "groups": [{}, {}], "layers": [[1], [2]]}
+    (axes,) = plot_flow(found).axes
+    lines = {(*line.get_xdata(), *line.get_ydata()): line.get_linewidth() for line in axes.lines}
+    assert set(lines) == {(0, 1, 2, 1), (0, 1, 2, 3), (0, 1, -1, 3)}
+    assert len(set(lines.values())) == 1  # a token each
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "2"]
+    assert axes.get_title() == "mine: 3 tokens"
+    plt.close(axes.figure)
 
 
 def test_a_report_without_what_was_noted_says_so(project, tmp_path):

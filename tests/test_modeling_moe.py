@@ -606,6 +606,21 @@ def test_experts_go_to_their_devices_and_the_rest_to_the_first(variant):
     assert {d.type for d in model.hf_device_map.values()} == {"cpu", "meta"}
 
 
+def test_experts_are_spread_once():
+    model = make("tree")
+    with pytest.raises(ValueError, match="spread_experts: once, over one device or more"):
+        model.spread_experts([])
+    model.spread_experts(["cpu"] * 2)
+    with pytest.raises(ValueError, match="spread_experts: once, over one device or more"):
+        model.spread_experts(["cpu"] * 3)
+    assert model(IDS).logits.isfinite().all()
+
+
+def test_a_text_is_given_as_ids():
+    with pytest.raises(ValueError, match="input_ids: needed"):
+        make()(inputs_embeds=torch.zeros(1, 3, 16))
+
+
 @pytest.mark.parametrize("width", [6, 7])
 def test_experts_of_any_width_are_computed(width):
     """Widths that torch's grouped product refuses."""
@@ -672,6 +687,21 @@ def test_counts_of_all_options_together():
     three_of_bank = MoeConfig(**{**SHAPE, "expert_bank_layers": 3})
     counts = three_of_bank.parameter_counts()
     assert counts["active"] == counts["total"]  # three layers' two choices may be all six
+
+
+@pytest.mark.parametrize(("banks", "edges"), [(1, [2, 2, 2]), (2, [2, 4, 4]), (3, [2, 4, 6])])
+def test_a_token_uses_no_more_of_a_tree_than_its_levels_have(banks, edges):
+    """Two leaves of eight per layer; of a bank's layers together two edges at the root, four of
+    four below it, and twice as many leaves as layers."""
+    more = {"tree_depth": 3, "intermediate_size": 32, "expert_bank_layers": banks}
+    counts = MoeConfig(**{**SHAPE, **more}).parameter_counts()
+    used = sum(n * width for n, width in zip(edges, (16, 8, 4), strict=True))
+    if banks == 2:  # two layers of one bank, and the third of another
+        used = (used + 2 * 16 + 2 * 8 + 2 * 4) / 2
+    held = 3 * 16 * 32 * 3  # a bank's three levels, each 32 wide together
+    layers = -(-3 // banks)
+    unused = layers * (held - 3 * 16 * used)
+    assert counts["total"] - counts["active"] == unused
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,6 +1,7 @@
 """The routing recorder: brute force, hand-made tables, batches of any size."""
 
 import json
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -14,10 +15,12 @@ from tiered.experts import (
     GroupRouting,
     block_expert_weights,
     experts_of,
+    group_layers,
     mean_expert_weights,
     purge,
     routing_of,
 )
+from tiered.inspection import skewed_sets
 from tiered.recorder import (
     RoutingRecorder,
     js_distance,
@@ -82,8 +85,122 @@ def test_sums_are_those_of_a_loop_over_tokens(moe):
     assert np.array_equal(found.word_counts.numpy(), counts)
 
 
+def dense_weights(kind: str, model) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Per domain the weight of every token's experts, and how often it used each, (N, G, X)."""
+    weights, uses = [], []
+    for rows in ROWS.values():
+        ids = torch.from_numpy(rows)
+        with torch.no_grad():
+            if kind == "monet":
+                gates = model(ids, output_router_probs=True).router_probs
+                pairs = [
+                    g1.flatten(0, 1)[..., None] * g2.flatten(0, 1)[:, :, None] for g1, g2 in gates
+                ]
+                own = torch.stack([p.sum(1).flatten(1) for p in pairs], 1)
+                used = torch.stack([(p > 0).sum(1).flatten(1) for p in pairs], 1)
+            else:
+                routing = model(ids, output_routing=True).routing
+                zeros = torch.zeros(ids.numel(), model.config.num_experts)
+                own = torch.stack([zeros.scatter(1, r.index, r.weights) for r in routing], 1)
+                used = own > 0
+        weights.append(own.double().numpy())
+        uses.append(used.numpy().astype(int))
+    return weights, uses
+
+
+def entropy(p: np.ndarray) -> float:
+    p = np.asarray(p, float).ravel()
+    return float(-(p[p > 0] * np.log(p[p > 0])).sum())
+
+
+def information(table: np.ndarray) -> float:
+    """NMI of a (D, X) whose rows get equal weight, by entropies."""
+    p = table / table.sum(1, keepdims=True) / len(table)
+    apart = entropy(p.sum(0)) + entropy(p.sum(1))
+    return 2 * (apart - entropy(p)) / apart
+
+
+@pytest.mark.parametrize("kind", ["moe", "tree", "monet"])
+def test_how_domains_share_experts_by_brute_force(kind, moe):
+    """Of a tree all of it is of leaves; skewed sets are of what can be purged, all edges."""
+    model = {"moe": moe, "monet": monet()}.get(kind) or make("tree", initializer_range=0.4).eval()
+    found, first = recorded(model), 2 if kind == "tree" else 0
+    weights, uses = dense_weights(kind, model)
+    for g, measures in enumerate(found.summary()["groups"]):
+        table = np.stack([w[:, g, first:].sum(0) for w in weights])
+        assert measures["nmi"] == pytest.approx(information(table), abs=1e-5)
+        rows = np.concatenate([w[:, g, first:].reshape(5, 12, -1).sum(1) for w in weights])
+        shuffled = []
+        for i in range(300):
+            labels = np.random.default_rng(i).permutation(np.repeat([0, 1, 2], 5))
+            dealt = np.stack([rows[labels == d].sum(0) for d in range(3)])
+            shuffled.append(information(dealt))
+        # the recorder's mean is of 20 draws: five standard errors
+        error = 5 * np.std(shuffled) / np.sqrt(20)
+        assert measures["nmi_shuffled"] == pytest.approx(np.mean(shuffled), abs=error)
+        assert measures["nmi_shuffled"] > 0
+        p = table / table.sum(1, keepdims=True)
+        per_expert = sum(
+            column.sum() / 3 * np.exp(entropy(column / column.sum()))
+            for column in p.T
+            if column.any()
+        )
+        assert measures["effective_domains_per_expert"] == pytest.approx(per_expert, abs=1e-5)
+        per_domain = np.mean([np.exp(entropy(row)) for row in p])
+        assert measures["effective_experts_per_domain"] == pytest.approx(per_domain, abs=1e-5)
+        for a in range(3):
+            for b in range(3):
+                bits = (entropy((p[a] + p[b]) / 2) - (entropy(p[a]) + entropy(p[b])) / 2) / np.log(
+                    2
+                )
+                assert measures["js_bits"][a][b] == pytest.approx(bits, abs=1e-5)
+        load = sum(u[:, g, first:].sum(0) for u in uses)
+        assert measures["max_violation"] == pytest.approx(load.max() / load.mean() - 1, abs=1e-5)
+        balance = entropy(load / load.sum()) / np.log(len(load))
+        assert measures["load_entropy"] == pytest.approx(balance, abs=1e-5)
+    means = np.stack([w.mean(0) for w in weights])  # (D, G, X), all edges of a tree
+    for ratio, sets in skewed_sets(found).items():
+        for d, name in enumerate("abc"):
+            others = np.delete(means, d, 0).max(0)
+            own = (means[d] > 0) & (means[d] >= float(ratio) * others)
+            held = (means[d] * own).sum(1) / means[d].sum(1)
+            assert sets[name]["experts"] == own.sum(1).tolist()
+            assert sets[name]["coverage"] == pytest.approx(held.mean(), abs=1e-5)
+    assert sum(sum(s["experts"]) for s in skewed_sets(found)["1.2"].values()) > 0
+
+
+def test_memory_does_not_grow_with_words_times_experts(monkeypatch):
+    """400 frequent words over 2^16 experts: their tables together would be 210 MB."""
+    monkeypatch.setattr(recorder, "LEAST_USES", 2)
+    g, experts = np.random.default_rng(0), 2**16
+    found = RoutingRecorder("a", 400)
+    index = torch.from_numpy(g.integers(0, experts, (800, 4)))
+    sums = torch.zeros(1, experts)
+    ids = torch.arange(400).repeat(2)[None]
+    tracemalloc.start()
+    found.add("a", ids, [GroupRouting(sums, sums, index, torch.ones(800, 4))])
+    assert (
+        found._token_specialisation(
+            found.sample[:, 2:], found.sample[:, 1], np.random.default_rng(1)
+        )["tis_words"]
+        == 400
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6
+
+
+def test_layers_of_groups():
+    assert group_layers(make("dense")) == [[1], [2]]
+    assert group_layers(make("bank")) == [[0], [1], [2]]
+    config = MonetConfig(vocab_size=50, hidden_size=16, num_hidden_layers=5, moe_groups=2)
+    with torch.device("meta"):
+        assert group_layers(MonetForCausalLM(config)) == [[0, 1], [2, 3], [4]]
+
+
 @pytest.mark.parametrize("kind", ["moe", "monet", "tree"])
-def test_batches_of_any_size_record_the_same(kind, moe):
+def test_batches_of_any_size_record_the_same(kind, moe, monkeypatch):
+    monkeypatch.setattr(recorder, "LEAST_USES", 2)
     model = {"moe": moe, "monet": monet()}.get(kind) or make("tree").eval()
     whole, parts = recorded(model, 16), recorded(model, 2)
     for name in ("uses", "counts", "by_word", "stays", "chances", "word_counts", "where"):
@@ -98,7 +215,7 @@ def test_batches_of_any_size_record_the_same(kind, moe):
     assert torch.equal(turned.where[..., 1:], whole.where[..., 1:])
     for a, b in zip(turned.summary()["groups"], whole.summary()["groups"], strict=True):
         for name in ("load", "max_violation", "load_entropy", "nmi", "tis", "ics"):
-            assert a[name] == pytest.approx(b[name], abs=1e-5), name
+            assert b[name] is not None and a[name] == pytest.approx(b[name], abs=1e-5), name
     assert torch.allclose(torch.cat(whole.by_row), torch.cat(parts.by_row), atol=1e-5)
 
 
@@ -159,6 +276,8 @@ def test_specialisation_by_hand(monkeypatch):
 
     tis = (distance(1, 3 / 4) + distance(1 / 2, 3 / 4)) / 2
     assert measures["tis"] == pytest.approx(tis, abs=1e-6)
+    assert measures["tis_words"] == 2
+    assert measures["ics_words"] == 2 and measures["ics_pairs"] == 4
     # word 1 does not tell the domains apart, word 2 does
     ics = (0 + 0 + distance(1, 1 / 2) + distance(0, 1 / 2)) / 4
     assert measures["ics"] == pytest.approx(ics, abs=1e-6)
@@ -221,15 +340,6 @@ def test_a_sample_is_the_same_whatever_the_batches(moe, monkeypatch):
     a, b = (found.sample[np.argsort(found.order)] for found in (whole, parts))
     assert np.array_equal(a, b)
     assert set(whole.sample[:, 0]) == {0, 1, 2}
-
-
-def test_tokens_in_parts_are_the_same(moe, monkeypatch):
-    whole = recorded(moe)
-    monkeypatch.setattr(recorder, "PART", 7 * 18)
-    parts = recorded(moe)
-    for name in ("uses", "by_word", "stays", "chances", "where"):
-        assert torch.equal(getattr(whole, name), getattr(parts, name)), name
-    assert whole.paths == parts.paths
 
 
 def test_a_trees_paths_and_balance_are_of_its_leaves():
@@ -328,14 +438,16 @@ def test_a_purged_monet_is_read_as_it_computes(renormalize, decompose):
         assert not routing.counts[:, ~keep[g].flatten()].any()
 
 
-def test_a_layer_without_experts_is_no_number():
+def test_a_layer_without_experts_is_no_number(monkeypatch):
     """All experts of one layer purged: None, and tokens on paths through nothing."""
+    monkeypatch.setattr(recorder, "LEAST_USES", 2)
     model = make(initializer_range=0.4).eval()
     keep = torch.ones(3, 6).bool()
     keep[1] = False
     model.purge_experts(keep)
     found = recorded(model)
     first, empty, _ = found.summary()["groups"]
+    assert first["tis_words"] > 0 and empty["tis_words"] == empty["ics_pairs"] == 0
     assert set(first) == set(empty) and first["nmi"] > 0
     for name in ("max_violation", "load_entropy", "nmi", "tis", "ics", "js_bits"):
         assert empty[name] is None, name

@@ -90,7 +90,7 @@ def routing_of(model: torch.nn.Module, input_ids: torch.Tensor) -> list[GroupRou
     if config.model_type != "tiered_moe":
         raise ValueError(f"a {config.model_type} has no experts whose routing can be read")
     out = model(input_ids=ids, output_routing=True, logits_to_keep=1)
-    first, found = config.num_experts - config.units, []
+    first, found = first_leaf(model), []
     for routing in out.routing:
         index, weights = (t.view(len(ids), -1) for t in (routing.index, routing.weights.float()))
         zeros = weights.new_zeros(len(ids), config.num_experts)
@@ -139,6 +139,21 @@ def experts_shape(model: torch.nn.Module) -> tuple[int, ...]:
     if model.config.model_type == "monet":
         return (model.config.moe_experts,) * 2
     return (model.config.num_experts,)
+
+
+def first_leaf(model: torch.nn.Module) -> int:
+    """Of a tree the first edge of a leaf, otherwise 0: what tokens choose begins there."""
+    config = model.config
+    return config.num_experts - config.units if config.model_type == "tiered_moe" else 0
+
+
+def group_layers(model: torch.nn.Module) -> list[list[int]]:
+    """Decoder layers of every group: a Monet's router group may serve several, and the leading
+    layers of another family may have no experts."""
+    config, layers = model.config, range(model.config.num_hidden_layers)
+    if config.model_type == "monet":
+        return [[*layers[i : i + config.moe_groups]] for i in layers[:: config.moe_groups]]
+    return [[i] for i in layers[config.num_dense_layers :]]
 
 
 @torch.inference_mode()
@@ -220,9 +235,10 @@ def purge(
 # joint (D, X): weight that domain d sends through expert x, every domain's row summing to the same.
 
 
-def joint_of(scores: dict[str, torch.Tensor]) -> list[np.ndarray]:
-    """One joint (D, X) per group from S of every domain, rows summing to 1 / D."""
-    stacked = torch.stack(list(scores.values())).flatten(2).double().numpy()  # (D, G, X)
+def joint_of(scores: dict[str, torch.Tensor], first: int = 0) -> list[np.ndarray]:
+    """One joint (D, X - first) per group from S of every domain, of experts from `first` on, rows
+    summing to 1 / D."""
+    stacked = torch.stack(list(scores.values())).flatten(2)[..., first:].double().numpy()
     rows = stacked / stacked.sum(-1, keepdims=True) / len(stacked)
     return [rows[:, group] for group in range(rows.shape[1])]
 
@@ -246,6 +262,8 @@ def permuted_information(
 ) -> np.ndarray:
     """`normalised_information` with the labels of documents shuffled, (samples,): what few
     documents and many experts give by chance. weights (documents, X), labels (documents,)."""
+    live = weights.sum(1) > 0  # of what no expert is left to, no domain's share could be told
+    weights, labels = weights[live], labels[live]
     domains, index = np.unique(labels, return_inverse=True)
     found = []
     for _ in range(samples):

@@ -14,7 +14,14 @@ import torch
 from tiered.config import Config
 from tiered.data import ProcessedData, Rows
 from tiered.evaluation import EXPERT_SETTINGS
-from tiered.experts import evaluating, expert_masks, experts_of, experts_shape, routing_of
+from tiered.experts import (
+    evaluating,
+    expert_masks,
+    experts_of,
+    experts_shape,
+    group_layers,
+    routing_of,
+)
 from tiered.partition import PartitionMap
 from tiered.record import device_of, training_environment
 from tiered.recorder import RoutingRecorder, path_coverage
@@ -82,6 +89,9 @@ def inspect_experts(
             recorder.read(model, domain, rows[domain].input_ids, section.batch_rows)
         found[str(k)] = {
             **recorder.summary(config.seed),
+            "layers": group_layers(model),
+            "split": section.split,
+            "rows": {d: len(r.input_ids) for d, r in rows.items()},
             "skewed": skewed_sets(recorder),
             "shown": [_shown(recorder, g, rows, pieces) for g in range(recorder.weights.shape[1])],
             "flow": {

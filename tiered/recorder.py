@@ -5,15 +5,16 @@ and per path, the few contexts that gave an expert most weight, and a sample of 
 that the report says of experts comes from them, and nothing depends on the size of batches.
 
 Shapes: D domains, G groups (layers; a Monet's router groups), X experts of a group, S experts of a
-token, N = B T tokens of a batch, V words, R rows, C contexts kept, K tokens of the sample.
+token, N = B T tokens of a batch, M uses of experts by them, V words, R rows, C contexts kept, K
+tokens of the sample.
 """
 
 import heapq
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,13 +32,29 @@ from tiered.experts import (
 
 CONTEXTS = 8  # kept per expert
 PATHS = 2**20  # different paths of a domain that are counted, at most
-SAMPLE = 2**16  # tokens whose experts are kept, for what needs each of them
+SAMPLE = 2**17  # tokens whose experts are kept, for what needs each of them
 LARGEST = 2**27  # entries of a table; one that would be larger is not kept
-PART = 2**25  # entries of all groups' tables of tokens and experts that are made at once
+DRAWN = 256  # experts of a group whose use by every domain is told
 LEAST_USES = 20  # occurrences of a word (ICS: in a domain) before its experts are compared
 WATCHED = 64  # words whose experts are compared between domains (ICS)
 SHUFFLES = 20
 STEPS = (1, 2, 3)  # of expert continuity
+
+
+class Uses(NamedTuple):
+    """Which experts of a group a batch's tokens used, in order of token and expert.
+
+    key (M,): token X + expert; token, expert (M,); weight (M,) float64, above 0.
+    """
+
+    key: np.ndarray
+    token: np.ndarray
+    expert: np.ndarray
+    weight: np.ndarray
+
+    def among(self, kept: np.ndarray) -> "Uses":
+        """Those that are kept, (M,) bool."""
+        return Uses(*(part[kept] for part in self))
 
 
 class RoutingRecorder:
@@ -47,8 +64,8 @@ class RoutingRecorder:
     by all heads), uses (D, G, X) of those that a token is said to have (of a Monet: the heaviest of
     every head), which hold `named` (G,) of the weight. stays, chances (G,): uses of an expert of
     some group that last for s more groups, and that could. by_word (G, V, X): uses per word; by_row
-    (R, G, X) float32: weights of every row; None where too large. Of a tree, what follows a token
-    from layer to layer or compares words looks at leaves alone: `first` is the first of their
+    (R, G, X) float32: weights of every row; None where too large. Of a tree every measure is of its
+    leaves alone, for a token's weight stands once on every level: `first` is the first of their
     edges.
     """
 
@@ -113,39 +130,31 @@ class RoutingRecorder:
         row, position = np.divmod(np.arange(ids.numel()), ids.shape[1])
         row += first_row
         order = _order(domain, row, position)
-        self._add_sample(d, ids.flatten().numpy(), groups, order)
-        place = torch.from_numpy(np.stack([np.full_like(row, d), row, position], 1))
-        among = torch.from_numpy(order / 2.0**64)  # float64
-        step = max(1, PART // math.prod(self.weights.shape[1:]))
-        for start in range(0, ids.numel(), step):
-            own = slice(start, start + step)
-            parts = [(g.index[own], g.weights[own].float()) for g in groups]
-            self._add_tokens(d, ids.flatten()[own], parts, place[own], among[own])
+        words = ids.flatten().numpy()
+        self._add_sample(d, words, groups, order)
+        self._add_uses(d, words, [_uses(group) for group in groups], row, position, order)
 
-    def _add_tokens(
+    def _add_uses(
         self,
         d: int,
-        ids: torch.Tensor,
-        groups: list[tuple[torch.Tensor, torch.Tensor]],
-        place: torch.Tensor,
-        among: torch.Tensor,
+        words: np.ndarray,
+        groups: list[Uses],
+        row: np.ndarray,
+        position: np.ndarray,
+        order: np.ndarray,
     ) -> None:
-        """Add tokens: ids (N,), per group their experts and weights (N, S), where they stand (N, 3)
-        and an order among equals (N,)."""
-        shape = (len(ids), self.weights.shape[-1])
-        # (N, X) of every group: weight of a token's experts
-        given = [torch.zeros(shape).scatter_add(1, *group) for group in groups]
-        used = [weight > 0 for weight in given]
-        for g, weight in enumerate(given):
-            self.uses[d, g] += used[g].sum(0)
+        """Add what tokens used: their ids, rows, positions and places in a random order (N,)."""
+        experts, place = self.weights.shape[-1], np.stack([np.full_like(row, d), row, position], 1)
+        for g, used in enumerate(groups):
+            self.uses[d, g] += torch.from_numpy(np.bincount(used.expert, minlength=experts))
             if self.by_word is not None:
-                self.by_word[g].index_add_(0, ids, used[g].int())
-            self._add_contexts(g, weight, place, among)
-        self._add_continuity([u[:, self.first :] for u in used])
-        most = [weight[:, self.first :].max(1) for weight in given]
-        # -1: a token that no expert is left to
-        tops = [torch.where(m.values > 0, m.indices + self.first, -1) for m in most]
-        self._add_paths(d, torch.stack(tops, 1))
+                cells = torch.from_numpy(words[used.token].astype(np.int64) * experts + used.expert)
+                ones = torch.ones(len(cells), dtype=torch.int32)
+                self.by_word[g].view(-1).index_add_(0, cells, ones)
+            self._add_contexts(g, used, place, order / 2.0**64)
+        leaves = [used.among(used.expert >= self.first) for used in groups]
+        self._add_continuity([used.key for used in leaves])
+        self._add_paths(d, np.stack([_heaviest(used, len(words)) for used in leaves], 1))
 
     def _add_rows(self, d: int, groups: list[GroupRouting]) -> None:
         if self.by_row is None:
@@ -169,30 +178,37 @@ class RoutingRecorder:
             kept = np.argpartition(self.order, self.sample_size - 1)[: self.sample_size]
             self.sample, self.order = self.sample[kept], self.order[kept]
 
-    def _add_contexts(
-        self, g: int, weight: torch.Tensor, place: torch.Tensor, among: torch.Tensor
-    ) -> None:
-        """Keep an expert's heaviest tokens; equal ones in an order as good as random."""
+    def _add_contexts(self, g: int, used: Uses, place: np.ndarray, among: np.ndarray) -> None:
+        """Keep an expert's heaviest tokens; equal ones in an order as good as random. place (N, 3):
+        domain, row, position; among (N,) in [0, 1)."""
         # less than two neighbouring float32 differ by: no other tokens change places
-        exact = weight.double() * (1 + 2.0**-26 * among[:, None])
-        most = exact.T.topk(min(CONTEXTS, len(weight)), 1)  # (X, C)
-        where = place[most.indices]
-        where[most.values <= 0] = -1
-        values = torch.cat([self.best[g], most.values], 1)
-        order = values.argsort(dim=1, descending=True, stable=True)[:, :CONTEXTS]
-        self.best[g] = values.gather(1, order)
-        both = torch.cat([self.where[g], where], 1)
-        self.where[g] = both.gather(1, order[..., None].expand(-1, -1, 3))
+        exact = used.weight * (1 + 2.0**-26 * among[used.token])
+        order = np.lexsort((-exact, used.expert))
+        experts, begin = np.unique(used.expert[order], return_index=True)
+        spans = np.diff(begin, append=len(order))
+        rank = np.arange(len(order)) - np.repeat(begin, spans)
+        kept = rank < CONTEXTS
+        own, rank = np.repeat(np.arange(len(experts)), spans)[kept], rank[kept]
+        values = np.zeros((len(experts), 2 * CONTEXTS))
+        where = np.full((*values.shape, 3), -1)
+        at = torch.from_numpy(experts)
+        values[:, :CONTEXTS], where[:, :CONTEXTS] = self.best[g, at], self.where[g, at]
+        values[own, CONTEXTS + rank] = exact[order][kept]
+        where[own, CONTEXTS + rank] = place[used.token[order][kept]]
+        best = np.argsort(-values, 1, kind="stable")[:, :CONTEXTS]
+        self.best[g, at] = torch.from_numpy(np.take_along_axis(values, best, 1))
+        self.where[g, at] = torch.from_numpy(np.take_along_axis(where, best[..., None], 1))
 
-    def _add_continuity(self, used: list[torch.Tensor]) -> None:
-        for first in range(len(used) - 1):
-            lasting, could = used[first], used[first].count_nonzero()
-            for steps in range(1, len(used) - first):
-                lasting = lasting & used[first + steps]
-                self.stays[steps] += lasting.count_nonzero()
+    def _add_continuity(self, used: list[np.ndarray]) -> None:
+        """Add what stays from group to group: per group the keys of its uses, in order."""
+        for first, lasting in enumerate(used):
+            could = len(lasting)
+            for steps in (s for s in STEPS if first + s < len(used)):
+                lasting = lasting[_is_in(lasting, used[first + steps])]
+                self.stays[steps] += len(lasting)
                 self.chances[steps] += could
 
-    def _add_paths(self, d: int, tops: torch.Tensor) -> None:
+    def _add_paths(self, d: int, tops: np.ndarray) -> None:
         counter = self.paths[d]
         for path, count in Counter(map(tuple, tops.tolist())).items():
             if len(counter) < PATHS or path in counter:
@@ -202,10 +218,10 @@ class RoutingRecorder:
 
     # --- measures ---------------------------------------------------------------------------
 
-    def joint(self, g: int) -> np.ndarray:
-        """Weight of domain and expert of a group, (D, X), every domain's row summing to 1 / D; 0
-        where no expert has any."""
-        rows = self.weights[:, g].numpy()
+    def joint(self, g: int, first: int = 0) -> np.ndarray:
+        """Weight of domain and expert of a group, (D, X - first), of experts from `first` on, every
+        domain's row summing to 1 / D; 0 where none of them has any."""
+        rows = self.weights[:, g, first:].numpy()
         total = rows.sum(1, keepdims=True)
         return np.divide(rows, total, out=np.zeros_like(rows), where=total > 0) / len(rows)
 
@@ -241,11 +257,11 @@ class RoutingRecorder:
         loads = [self.load(g) for g in groups]
         return {
             "domains": self.domains,
-            "load": [(load / max(load.sum(), 1.0)).round(5).tolist() for load in loads],
+            "load": [shares(load) for load in loads],
             "max_violation": [_round(max_violation(load[self.first :])) for load in loads],
             "nmi": [
                 _round(normalised_information(joint)) if joint.any() else None
-                for joint in map(self.joint, groups)
+                for joint in (self.joint(g, self.first) for g in groups)
             ],
             "continuity": self.continuity(),
         }
@@ -253,19 +269,33 @@ class RoutingRecorder:
     def _group(
         self, g: int, rows: np.ndarray | None, sample: np.ndarray, seed: int
     ) -> dict[str, Any]:
-        load, joint = self.load(g), self.joint(g)
-        found: dict[str, Any] = {
-            "load": (load / max(load.sum(), 1.0)).round(6).tolist(),
+        load, joint = self.load(g), self.joint(g) * len(self.domains)
+        drawn = np.sort(np.argsort(-joint.max(0), kind="stable")[:DRAWN])
+        slots = (sample.shape[1] - 2) // self.weights.shape[1]
+        index = sample[:, 2 + g * slots : 2 + (g + 1) * slots]
+        generator = np.random.default_rng([seed, g, 1])
+        domain, word = sample[:, 0], sample[:, 1]
+        return {
+            "load": shares(load),
             "max_violation": _round(max_violation(load[self.first :])),
             "load_entropy": _round(load_entropy(load[self.first :])),
-            "share_of_domain": (joint * len(joint)).round(6).tolist(),
-            "js_bits": None,
+            "drawn": drawn.tolist(),
+            "share_of_domain": joint[:, drawn].round(6).tolist(),
+            **self._domains_apart(g, rows, np.random.default_rng([seed, g])),
+            **self._token_specialisation(index, word, generator),
+            **self._context_specialisation(index, word, domain, generator),
         }
+
+    def _domains_apart(
+        self, g: int, rows: np.ndarray | None, generator: np.random.Generator
+    ) -> dict[str, Any]:
+        """How experts divide domains among them. rows (R, X): weights of every row, or None."""
         names = ("nmi", "nmi_shuffled", "nmi_shuffled_sd", "weight_named")
-        found |= dict.fromkeys((*names, "effective_domains_per_expert"))
-        found["effective_experts_per_domain"] = None
+        numbers = ("effective_domains_per_expert", "effective_experts_per_domain")
+        found = dict.fromkeys((*names, *numbers, "js_bits"))
+        joint = self.joint(g, self.first)
         if not joint.any():  # every expert of the layer is purged
-            return found | _specialisation_of([], [], "tis") | _specialisation_of([], [], "ics")
+            return found
         apart = np.full((len(joint), len(joint)), np.nan)
         live = joint.any(1)
         apart[np.ix_(live, live)] = divergences(joint[live])
@@ -276,36 +306,26 @@ class RoutingRecorder:
         found["effective_experts_per_domain"] = _round(per_domain)
         found["weight_named"] = _round(self.named[g] / self.weights[:, g].sum())
         if rows is not None:
-            generator = np.random.default_rng([seed, g])
-            labels = np.array(self.rows_of)
-            shuffled = permuted_information(rows, labels, SHUFFLES, generator)
+            own, labels = rows[:, self.first :], np.array(self.rows_of)
+            shuffled = permuted_information(own, labels, SHUFFLES, generator)
             found["nmi_shuffled"] = _round(shuffled.mean())
             found["nmi_shuffled_sd"] = _round(shuffled.std(ddof=1))
-        slots = (sample.shape[1] - 2) // self.weights.shape[1]
-        index = sample[:, 2 + g * slots : 2 + (g + 1) * slots]
-        generator = np.random.default_rng([seed, g, 1])
-        domain, word = sample[:, 0], sample[:, 1]
-        return (
-            found
-            | self._token_specialisation(index, word, generator)
-            | self._context_specialisation(index, word, domain, generator)
-        )
+        return found
 
     def _token_specialisation(
         self, index: np.ndarray, word: np.ndarray, generator: np.random.Generator
     ) -> dict[str, float | None]:
         """TIS: how far a word's experts are from those of all tokens, over frequent words; the same
         with words dealt out anew; and were no word's experts another's. index (K, S), word (K,)."""
-        occurrences = np.bincount(word, minlength=self.words)
-        frequent = np.flatnonzero(occurrences >= LEAST_USES)
-        place = np.full(self.words, -1)
-        place[frequent] = np.arange(len(frequent))
-        everything = self._tables(np.zeros(len(word), dtype=np.int64), 1, index)[0]
-        tables = self._tables(place[word], len(frequent), index)
-        dealt = self._tables(place[generator.permutation(word)], len(frequent), index)
-        measured = [(t, everything) for t in tables if t.any()]
-        by_chance = [(t, everything) for t in dealt if t.any()]
-        return _specialisation_of(measured, by_chance, "tis")
+        frequent = np.bincount(word, minlength=self.words) >= LEAST_USES
+        everything = sum(self._tables(np.zeros(len(word), dtype=np.int64), index))
+
+        def pairs(words: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            tables = self._tables(np.where(frequent[words], words, -1), index)
+            return ((table, everything) for table in tables)
+
+        found = _specialisation_of(pairs(word), pairs(generator.permutation(word)), "tis")
+        return found | {"tis_words": found.pop("tis_pairs")}
 
     def _context_specialisation(
         self,
@@ -316,29 +336,34 @@ class RoutingRecorder:
     ) -> dict[str, float | None]:
         """ICS: how far a word's experts in a domain are from its experts in all of them, over words
         that are frequent in several; the same with its occurrences dealt out to domains anew."""
-        count = len(self.domains)
-        measured, by_chance = [], []
+        measured, by_chance, words = [], [], 0
         for w in shared_words(word, domain, WATCHED):
             here = word == w
             own, labels = index[here], domain[here]
-            enough = np.bincount(labels, minlength=count) >= LEAST_USES
-            labels = np.where(enough[labels], labels, -1)
+            enough = np.bincount(labels, minlength=len(self.domains)) >= LEAST_USES
+            kept = enough[labels]
             if enough.sum() < 2:
                 continue
-            kept = labels >= 0
-            for given, pairs in ((labels[kept], measured), (None, by_chance)):
-                given = generator.permutation(labels[kept]) if given is None else given
-                tables = self._tables(given, count, own[kept])
-                pairs += [(t, tables.sum(0)) for t in tables if t.any()]
-        return _specialisation_of(measured, by_chance, "ics")
+            words += 1
+            for pairs, given in (
+                (measured, labels[kept]),
+                (by_chance, generator.permutation(labels[kept])),
+            ):
+                tables = list(self._tables(given, own[kept]))
+                pairs += _distances((t, sum(tables)) for t in tables)
+        found = _of_distances(measured, by_chance, "ics")
+        return found | {"ics_words": words}
 
-    def _tables(self, labels: np.ndarray, count: int, index: np.ndarray) -> np.ndarray:
-        """Uses (count, X) of experts by label: labels (K,) in [-1, count), experts index (K, S)
-        with -1 for none."""
-        experts = self.weights.shape[-1]
-        kept = (index >= 0) & (labels >= 0)[:, None]
-        flat = (labels[:, None] * experts + index)[kept]
-        return np.bincount(flat, minlength=count * experts).reshape(count, experts)
+    def _tables(self, labels: np.ndarray, index: np.ndarray) -> Iterator[np.ndarray]:
+        """Uses (X,) of experts, label by label: labels (K,), experts index (K, S); -1 of either is
+        none. One at a time: of a Monet's experts those of all words would fill the memory."""
+        order = np.argsort(labels, kind="stable")
+        for own in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+            if len(own) and labels[own[0]] >= 0:
+                experts = index[own]
+                table = np.bincount(experts[experts >= 0], minlength=self.weights.shape[-1])
+                if table.any():
+                    yield table
 
     def continuity(self) -> dict[str, dict[str, float]]:
         """EC(s), s = 1, 2, ..: the share of uses of an expert that last for s more groups; and what
@@ -392,6 +417,40 @@ def _order(domain: str, row: np.ndarray, position: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def _uses(group: GroupRouting) -> Uses:
+    """What a batch's tokens used of a group's experts."""
+    index, weights = group.index.numpy(), group.weights.double().numpy()
+    experts = group.sums.shape[1]
+    keys = np.arange(len(index))[:, None] * experts + index
+    key, place = np.unique(keys, return_inverse=True)  # a Monet's heads may name one expert
+    weight = np.bincount(place.ravel(), weights.ravel(), minlength=len(key))
+    token, expert = np.divmod(key, experts)
+    return Uses(key, token, expert, weight).among(weight > 0)
+
+
+def _heaviest(used: Uses, tokens: int) -> np.ndarray:
+    """Expert (N,) that every token gave most weight, the first of equal ones; -1 where no expert is
+    left to it."""
+    order = np.lexsort((-used.weight, used.token))  # stable: experts stay in their order
+    token, first = np.unique(used.token[order], return_index=True)
+    found = np.full(tokens, -1)
+    found[token] = used.expert[order][first]
+    return found
+
+
+def _is_in(keys: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which keys are among others, bool; both in order."""
+    if not len(others):
+        return np.zeros(len(keys), dtype=bool)
+    place = np.searchsorted(others, keys).clip(max=len(others) - 1)
+    return others[place] == keys
+
+
+def shares(load: np.ndarray) -> list[float]:
+    """Share of all uses of every expert, of loads (X,); four digits, however many there are."""
+    return [float(f"{share:.4g}") for share in load / max(load.sum(), 1.0)]
+
+
 def max_violation(load: np.ndarray) -> float | None:
     """MaxVio = largest load / mean load - 1 of loads (X,) (arXiv:2408.15664, section 4.1); None
     without any."""
@@ -406,24 +465,39 @@ def load_entropy(load: np.ndarray) -> float | None:
     return float(-(p * np.log(p)).sum() / np.log(len(load))) if len(load) > 1 else 1.0
 
 
-def js_distance(p: np.ndarray, q: np.ndarray) -> float:
+def js_distance(p: Sequence[float], q: Sequence[float]) -> float:
     """Jensen-Shannon distance (base 2, the root of the divergence) of counts (X,), in [0, 1]."""
     return float(np.nan_to_num(jensenshannon(p, q, base=2)))  # of equal ones rounding may give nan
 
 
+def _distances(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[tuple[float, float]]:
+    """Of (counts, counts of all) pairs, (X,) each: their distance, and what it were did the two
+    share no expert but those counts themselves."""
+    found = []
+    for part, whole in pairs:
+        n, of = part.sum(), whole.sum()
+        found.append((js_distance(part, whole), js_distance([1, 0], [n, of - n])))
+    return found
+
+
 def _specialisation_of(
-    measured: list[tuple[np.ndarray, np.ndarray]],
-    by_chance: list[tuple[np.ndarray, np.ndarray]],
+    measured: Iterable[tuple[np.ndarray, np.ndarray]],
+    by_chance: Iterable[tuple[np.ndarray, np.ndarray]],
     name: str,
 ) -> dict[str, float | None]:
-    """Mean distance of (counts, counts of all) pairs, (X,) each; of pairs by chance; and of the
-    measured ones did each share no expert with the rest (what can be reached)."""
-    totals = [(part.sum(), whole.sum()) for part, whole in measured]
-    apart = [js_distance(np.array([1, 0]), np.array([n, of - n])) for n, of in totals]
+    """As `_of_distances`, of (counts, counts of all) pairs."""
+    return _of_distances(_distances(measured), _distances(by_chance), name)
+
+
+def _of_distances(
+    measured: list[tuple[float, float]], by_chance: list[tuple[float, float]], name: str
+) -> dict[str, float | None]:
+    """Mean distance, by chance, and what can be reached; and of how many pairs."""
     return {
-        name: _round(_mean([js_distance(*pair) for pair in measured])),
-        f"{name}_by_chance": _round(_mean([js_distance(*pair) for pair in by_chance])),
-        f"{name}_attainable": _round(_mean(apart)),
+        name: _round(_mean([distance for distance, _ in measured])),
+        f"{name}_by_chance": _round(_mean([distance for distance, _ in by_chance])),
+        f"{name}_attainable": _round(_mean([apart for _, apart in measured])),
+        f"{name}_pairs": len(measured),
     }
 
 

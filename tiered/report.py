@@ -28,6 +28,7 @@ import numpy as np
 from tiered.report_experts import (
     EXPERT_STYLE,
     ablation_table,
+    continuity_table,
     expert_tables,
     experts_html,
     experts_of_run,
@@ -36,6 +37,7 @@ from tiered.report_experts import (
     how_read,
     model_plots,
     skew_table,
+    terms_html,
 )
 from tiered.report_trunk import trunk_tables
 from tiered.report_unlearning import (
@@ -552,7 +554,7 @@ def expert_page(run: Run, k: str, found: dict[str, Any], output: Path) -> tuple[
     title = f"experts of {run.name}" + (f", partition {k}" if run.n > 1 else "")
     back = f'<p><a href="index.html">All runs</a></p>{EXPERT_STYLE}'
     page = Page(output, html.escape(title[0].upper() + title[1:]), back)
-    page.add(f"<p>{how_read(found)}</p>")
+    page.add(f"<p>{how_read(found)}</p>{terms_html()}")
     page.plots(model_plots(run, k, found))
     page.add(
         "<h2>The way of a text through the layers, token by token</h2>"
@@ -562,6 +564,7 @@ def expert_page(run: Run, k: str, found: dict[str, Any], output: Path) -> tuple[
     )
     tables = {
         "by layer": group_table(found),
+        "continuity": continuity_table(found),
         "domains": skew_table(found),
         "left out one at a time (change of bits per byte)": ablation_table(found),
     }

@@ -15,8 +15,8 @@ from tiered.runs import Run, cell
 from tiered.store import HASHES, OBSERVED, read_json, verified
 
 LINES = ("-", "--", ":", "-.")
-DRAWN = 256  # experts of a layer, at most, of which the use by domain is drawn
 BANDS = 64  # experts of a layer whose load through training is drawn
+VISIBLE = 5e-4  # change of bits per byte that three decimals show
 FLOWS = 4  # texts whose flow is drawn as a plot, chosen ones first; the page has every text's table
 
 
@@ -69,9 +69,11 @@ def _mean_row(run: Run, k: str, found: dict[str, Any]) -> dict[str, str]:
         "TIS": cell(mean("tis")),
         "TIS by chance": cell(mean("tis_by_chance")),
         "TIS attainable": cell(mean("tis_attainable")),
+        "TIS, words": cell(mean("tis_words"), 0),
         "ICS": cell(mean("ics")),
         "ICS by chance": cell(mean("ics_by_chance")),
         "ICS attainable": cell(mean("ics_attainable")),
+        "ICS, words": cell(mean("ics_words"), 0),
         "EC(1)": cell(steps.get("observed")),
         "EC(1) by chance": cell(steps.get("by_chance")),
         "top-1 path": cell(top("top_1")),
@@ -79,29 +81,65 @@ def _mean_row(run: Run, k: str, found: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def layer_name(found: dict[str, Any], g: int) -> str:
+    """`layer 2`, or of a router group that serves several `layers 0-3`."""
+    layers = found["layers"][g]
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
+
+
+def _layer_number(found: dict[str, Any], g: int) -> str:
+    return layer_name(found, g).split()[1]
+
+
+TERMS = {
+    "MaxVio": "largest load over the mean load, less 1; a load is how often an expert is used",
+    "load entropy": "of the loads, over that of equal ones: 1 is balanced",
+    "NMI": "normalised mutual information of domain and expert, by weight: 0 where experts do not"
+    " tell domains apart, 1 where they are the domains; shuffled: with the labels of rows dealt"
+    " out anew, what few rows and many experts give",
+    "effective domains per expert, experts per domain": "exp of the conditional entropy: between"
+    " how many an expert's (a domain's) weight is divided",
+    "Jensen-Shannon divergence": "of the experts of two domains, in bits: 0 the same, 1 none in"
+    " common",
+    "TIS, ICS": "mean Jensen-Shannon distance (0 to 1) between a frequent word's experts and those"
+    " of all tokens; and between its experts in a domain and in all, over words that are frequent"
+    " in two domains or more. Between languages few are, often signs and single letters: mind"
+    " their number. By chance: with words, or domains, dealt out anew; attainable: did no word, or"
+    " domain, share an expert with the rest",
+    "EC(s)": "expert continuity: share of uses of an expert that last for s more layers; by chance:"
+    " did layers choose on their own",
+    "path": "a token's heaviest expert in every layer; top-1, top-4: share of a domain's tokens on"
+    " its most frequent path, on its four most frequent ones",
+    "ratio": "a domain's experts are those with at least so many times as much of its weight as of"
+    " any other domain's; coverage: share of the domain's weight that they hold, mean over layers",
+    "left out": "change of bits per byte on these rows without an expert, or without all experts of"
+    " a domain's most frequent path. Changes near 0.001 are what few rows make",
+}
+
+
 def how_read(found: dict[str, Any]) -> str:
     """What the measures of a model's page are of."""
+    rows = found["rows"].values()
+    some = f"{min(rows)}" if min(rows) == max(rows) else f"{min(rows)} to {max(rows)}"
+    tokens = sum(found["tokens"].values())
+    parts = [f"Read: {some} rows of the {found['split']} split per domain, {tokens:,} tokens."]
     named = [g["weight_named"] for g in found["groups"] if g["weight_named"] is not None]
-    parts = ["MaxVio and load entropy are of uses."]
     if named and min(named) < 0.999:  # a Monet
         parts.append(
             "A use is an expert that a head keeps; paths, EC, TIS, ICS and words are of the"
-            f" heaviest expert of every head, which hold {min(named):.0%} to {max(named):.0%} of"
+            f" heaviest expert of every head, which hold {min(named):.1%} to {max(named):.1%} of"
             " the weight. A model in training is read as evaluation would read it: until its"
             " running statistics have settled, in the first 60 steps or so, a head keeps one or"
             " two experts."
         )
     if found["first_leaf"]:
         parts.append(
-            "Experts are a tree's edges, level by level; MaxVio, load entropy, paths, EC, TIS and"
-            f" ICS are of its leaves, the edges from {found['first_leaf']} on."
+            "Experts are a tree's edges, level by level; all measures are of its leaves, the edges"
+            f" from {found['first_leaf']} on, but for what can be left out, by ratio or one at a"
+            " time: edges of every level."
         )
-    parts.append(
-        "TIS and ICS: mean Jensen-Shannon distance between a word's experts and those of all"
-        " tokens, and between its experts in a domain and in all; by chance: with words, or"
-        " domains, dealt out anew; attainable: did no word, or domain, share an expert with the"
-        " rest."
-    )
+    if any(g["nmi"] is not None and g["nmi_shuffled"] is None for g in found["groups"]):
+        parts.append("Rows times experts were too many to be kept: NMI has no shuffled baseline.")
     return " ".join(parts)
 
 
@@ -113,12 +151,22 @@ def group_table(found: dict[str, Any]) -> list[dict[str, str]]:
         "effective_domains_per_expert": "effective domains per expert",
         "effective_experts_per_domain": "effective experts per domain",
         **{"tis": "TIS", "tis_by_chance": "TIS by chance", "tis_attainable": "TIS attainable"},
+        "tis_words": "TIS, words",
         **{"ics": "ICS", "ics_by_chance": "ICS by chance", "ics_attainable": "ICS attainable"},
+        **{"ics_words": "ICS, words", "ics_pairs": "ICS, words in domains"},
         "weight_named": "weight of named experts",
     }
     return [
-        {"layer": str(g)} | {text: cell(group[n]) for n, text in names.items()}
+        {"layer": _layer_number(found, g)} | {text: cell(group[n]) for n, text in names.items()}
         for g, group in enumerate(found["groups"])
+    ]
+
+
+def continuity_table(found: dict[str, Any]) -> list[dict[str, str]]:
+    """EC(s) beside what chance gives."""
+    return [
+        {"measure": f"EC({s})", "observed": cell(v["observed"]), "by chance": cell(v["by_chance"])}
+        for s, v in found["continuity"].items()
     ]
 
 
@@ -128,8 +176,8 @@ def skew_table(found: dict[str, Any]) -> list[dict[str, str]]:
     for domain in found["domains"]:
         row = {"domain": domain}
         for ratio, sets in found["skewed"].items():
-            row[f"experts at {ratio}"] = str(sum(sets[domain]["experts"]))
-            row[f"coverage at {ratio}"] = cell(sets[domain]["coverage"])
+            row[f"experts, ratio {ratio}"] = str(sum(sets[domain]["experts"]))
+            row[f"coverage, ratio {ratio}"] = cell(sets[domain]["coverage"])
         paths = found["paths"][domain]
         row |= {"top-1 path": cell(paths["top_1"]), "top-4 paths": cell(paths["top_4"])}
         row["paths"] = cell(paths["paths"])
@@ -144,14 +192,17 @@ def ablation_table(found: dict[str, Any]) -> list[dict[str, str]]:
     ablation = found["ablation"]
     if not ablation:
         return []
-    named = [(f"layer {e['group']}, expert {e['expert']}", e) for e in ablation["experts"]]
+    named = [
+        (f"{layer_name(found, e['group'])}, expert {e['expert']}", e) for e in ablation["experts"]
+    ]
     for domain, entry in ablation["paths"].items():
         named.append((f"path of {domain}: {' '.join(map(str, entry['path']))}", entry))
     rows = []
     for text, entry in named:
         change = entry["change_bpb"]
         worst = max(change, key=change.get)
-        row = {"left out": text, "hits most": worst if change[worst] > 0 else "none"}
+        hit = worst if change[worst] >= VISIBLE else "none"
+        row = {"left out": text, "hits most": hit}
         rows.append(row | {d: f"{v:+.3f}" for d, v in change.items()})
     return rows
 
@@ -166,7 +217,7 @@ def model_plots(run: Run, k: str, found: dict[str, Any]) -> dict[str, tuple[str,
         "Which experts every domain uses": (f"{name}_domains", plot_domains(found)),
         "How far domains use different experts": (f"{name}_js", plot_divergence(found)),
         "The way of a text through the layers": (f"{name}_flow", plot_flow(found)),
-        "Experts through training": (f"{name}_training", plot_training(observed(run, k))),
+        "Experts through training": (f"{name}_training", plot_training(observed(run, k), found)),
     }
 
 
@@ -192,18 +243,15 @@ def plot_domains(found: dict[str, Any]) -> plt.Figure:
     figure, panels = _panels(len(groups), 6.5, max(1.7, 0.9 + 0.2 * len(domains)))
     for g, (axes, group) in enumerate(zip(panels, groups, strict=True)):
         share = np.array(group["share_of_domain"])
-        drawn = np.argsort(-share.max(0), kind="stable")[:DRAWN]
-        order = drawn[np.lexsort((-share.max(0)[drawn], share.argmax(0)[drawn]))]
-        image = axes.imshow(
-            share[:, order] * share.shape[1], cmap="Greys", vmin=0, vmax=4, aspect="auto"
-        )
+        order, experts = np.lexsort((-share.max(0), share.argmax(0))), found["experts"]
+        image = axes.imshow(share[:, order] * experts, cmap="Greys", vmin=0, vmax=4, aspect="auto")
         axes.set_yticks(range(len(domains)), domains)
-        all_of = f"{len(order)} of {share.shape[1]} " if len(order) < share.shape[1] else ""
+        all_of = f"{len(order)} of {experts} " if len(order) < experts else ""
         axes.set_xlabel(f"{all_of}experts, by the domain that uses them most")
         axes.set_ylabel("domain")
-        axes.set_title(f"layer {g}", fontsize=10)
-        if share.shape[1] <= 32:
-            axes.set_xticks(range(len(order)), order.tolist(), fontsize=7)
+        axes.set_title(layer_name(found, g), fontsize=10)
+        if experts <= 32:
+            axes.set_xticks(range(len(order)), np.array(group["drawn"])[order], fontsize=7)
     figure.colorbar(image, ax=panels, extend="max")
     figure.suptitle("weight, over an equal share", fontsize=10)  # longer than two domains are high
     return figure
@@ -224,7 +272,9 @@ def plot_divergence(found: dict[str, Any]) -> plt.Figure | None:
         image = axes.imshow(tables[g], cmap="Greys", vmin=0, vmax=most)
         axes.set_xticks(range(len(domains)), domains, rotation=90)
         axes.set_yticks(range(len(domains)), domains)
-        axes.set_title(f"layer {g}", fontsize=10)
+        axes.set_title(layer_name(found, g), fontsize=10)
+        axes.set_xlabel("domain")
+        axes.set_ylabel("domain")
     figure.colorbar(image, ax=panels)
     figure.suptitle("Jensen-Shannon divergence (bits)", fontsize=10)
     return figure
@@ -250,7 +300,7 @@ def plot_flow(found: dict[str, Any]) -> plt.Figure | None:
         for g in range(layers):
             used, counts = np.unique(tops[g], return_counts=True)
             axes.scatter([g] * len(used), used, s=15 + 8 * counts, color="black", zorder=3)
-        axes.set_xticks(range(layers))
+        axes.set_xticks(range(layers), [_layer_number(found, g) for g in range(layers)])
         axes.set_ylim(-1.5, experts)
         axes.set_xlabel("layer")
         axes.set_ylabel("expert of a token")
@@ -258,7 +308,7 @@ def plot_flow(found: dict[str, Any]) -> plt.Figure | None:
     return figure
 
 
-def plot_training(moments: list[dict[str, Any]]) -> plt.Figure | None:
+def plot_training(moments: list[dict[str, Any]], found: dict[str, Any]) -> plt.Figure | None:
     """Load of every expert against the training step, layer by layer; MaxVio and NMI beside."""
     if len(moments) < 2:
         return None
@@ -275,7 +325,7 @@ def plot_training(moments: list[dict[str, Any]]) -> plt.Figure | None:
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("share of uses")
         some = f", the {BANDS} busiest of {loads.shape[2]}" if loads.shape[2] > BANDS else ""
-        axes.set_title(f"layer {g}: one band per expert{some}", fontsize=10)
+        axes.set_title(f"{layer_name(found, g)}: one band per expert{some}", fontsize=10)
     for axes, name, text in (
         (panels[layers], "max_violation", "MaxVio"),
         (panels[layers + 1], "nmi", "NMI of domain and expert"),
@@ -285,7 +335,7 @@ def plot_training(moments: list[dict[str, Any]]) -> plt.Figure | None:
             axes.plot(
                 steps, values, LINES[g % len(LINES)], color="black", alpha=1 - 0.15 * (g // 4)
             )
-            axes.annotate(f" {g}", (steps[-1], values[-1]), fontsize=8)
+            axes.annotate(f" {_layer_number(found, g)}", (steps[-1], values[-1]), fontsize=8)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(text)
         axes.set_title("one line per layer, numbered at its end", fontsize=10)
@@ -301,6 +351,12 @@ EXPERT_STYLE = """
 .context{font-size:13px;margin:.1rem 0 .1rem 1rem}.context mark{background:#000;color:#fff}
 details{margin:.3rem 0}summary{cursor:pointer}</style>
 """
+
+
+def terms_html() -> str:
+    """What the words of a page mean."""
+    lines = "".join(f"<li><b>{html.escape(t)}</b>: {html.escape(d)}</li>" for t, d in TERMS.items())
+    return f"<details><summary>What the measures are</summary><ul>{lines}</ul></details>"
 
 
 def flow_html(found: dict[str, Any]) -> str:
@@ -320,7 +376,7 @@ def flow_html(found: dict[str, Any]) -> str:
                 others = ", ".join(f"{e} ({w:.2f})" for e, w in tops)
                 style = f"background:rgb({shade},{shade},{shade})"
                 cells.append(f'<td style="{style}" title="{others}">{tops[0][0]}</td>')
-            body.append(f"<tr><th>layer {g}</th>{''.join(cells)}</tr>")
+            body.append(f"<tr><th>{layer_name(found, g)}</th>{''.join(cells)}</tr>")
         table = f"<table><tr><th></th>{head}</tr>{''.join(body)}</table>"
         opened = " open" if i == 0 else ""
         parts.append(
@@ -351,7 +407,8 @@ def experts_html(found: dict[str, Any]) -> str:
                 f"<details><summary>contexts</summary>{contexts}</details></div>"
             )
         opened = " open" if g == 0 else ""
-        shown = f"layer {g}: {len(experts)} of {found['experts']} experts, the busiest first"
+        some = f"{len(experts)} of {found['experts']} experts, the busiest first"
+        shown = f"{layer_name(found, g)}: {some}"
         parts.append(f"<details{opened}><summary>{shown}</summary>{''.join(rows)}</details>")
     return "".join(parts)
 

@@ -102,6 +102,14 @@ class MoeConfig(OlmoeConfig):
             return [width] * k
         return [width // b**depth for depth in self.tree_levels for _ in range(min(k, b**depth))]
 
+    def _width_of(self, layers: int) -> int:
+        """Width of the experts that a token uses at most in so many layers of one bank."""
+        k, b, width = self.num_experts_per_tok, self.tree_branching, self.intermediate_size
+        if not self.tree_depth:
+            return width * min(self.num_experts, layers * k)
+        levels = ((b**depth, width // b**depth) for depth in self.tree_levels)
+        return sum(own * min(edges, layers * min(k, edges)) for edges, own in levels)
+
     @property
     def _banks(self) -> range:
         """Layers that hold experts, those without any not counted."""
@@ -125,8 +133,9 @@ class MoeConfig(OlmoeConfig):
         bank = (1 if self.tree_depth else self.num_experts) * self.intermediate_size * levels
         experts = len(self._banks) * 3 * d * bank
         used = moe * 3 * d * sum(self.slot_widths)
-        banks = [min(self.expert_bank_layers, moe - i) for i in self._banks]
-        active = sum(3 * d * min(bank, n * sum(self.slot_widths)) for n in banks)
+        active = (
+            3 * d * sum(self._width_of(min(self.expert_bank_layers, moe - i)) for i in self._banks)
+        )
         shared = moe * 3 * d * self.num_shared_experts * self.intermediate_size
         dense = self.num_dense_layers * 3 * d * self.dense_width
         z, inputs = self.routing_stream_size, self.routing_stream_size or d
@@ -681,7 +690,7 @@ class MoeModel(MoePreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -694,6 +703,8 @@ class MoeModel(MoePreTrainedModel):
         position_ids that restart at 0 inside a row (and no attention_mask) pack documents that do
         not see one another.
         """
+        if input_ids is None:  # the routing stream begins with them
+            raise ValueError("input_ids: needed; inputs_embeds do not take their place")
         x = self.embed_tokens(input_ids)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not self.training:
@@ -906,10 +917,11 @@ class MoeForCausalLM(MoePreTrainedModel, GenerationMixin):
         fewer experts than devices (near a tree's root) each gets a device of its own.
         """
         devices = [torch.device(device) for device in devices]
+        if not devices or any(isinstance(m, SpreadExperts) for m in self.modules()):
+            raise ValueError("spread_experts: once, over one device or more")
         found = [
             (parent, name, child)
             for parent in self.modules()
-            if not isinstance(parent, SpreadExperts)
             for name, child in [*parent.named_children()]
             if isinstance(child, Experts)
         ]

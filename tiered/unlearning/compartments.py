@@ -18,6 +18,7 @@ from tiered.experts import (
     divergences,
     effective_numbers,
     experts_of,
+    first_leaf,
     joint_of,
     normalised_information,
     permuted_information,
@@ -133,10 +134,11 @@ def level2(context: Context, k: int) -> Any:
             ids = torch.from_numpy(np.ascontiguousarray(batch, dtype=np.int64))
             weights.append(block_expert_weights(model, ids).flatten(2))  # (B, G, X)
             labels += [domain] * len(batch)
-    by_block, names = torch.cat(weights).numpy(), np.array(labels)
+    first = first_leaf(model)  # a tree's weight stands once on every level
+    by_block, names = torch.cat(weights)[..., first:].numpy(), np.array(labels)
     sizes = {str(r): {d: _per_group(experts_of(scores, d, r)) for d in scores} for r in SKEWS}
     groups = []
-    for group, joint in enumerate(joint_of(scores)):
+    for group, joint in enumerate(joint_of(scores, first)):
         seed = seed_of(context.config.seed, "compartments", k, group)
         generator = np.random.default_rng(seed)
         shuffled = permuted_information(by_block[:, group], names, SHUFFLES, generator)
