@@ -158,6 +158,9 @@ def test_how_domains_share_experts_by_brute_force(kind, moe):
         assert measures["max_violation"] == pytest.approx(load.max() / load.mean() - 1, abs=1e-5)
         balance = entropy(load / load.sum()) / np.log(len(load))
         assert measures["load_entropy"] == pytest.approx(balance, abs=1e-5)
+    pooled = sum(u[:, :, first:].sum((0, 1)) for u in uses)
+    expected = pooled.max() / pooled.mean() - 1
+    assert found.summary()["max_violation_pooled"] == pytest.approx(expected, abs=1e-5)
     means = np.stack([w.mean(0) for w in weights])  # (D, G, X), all edges of a tree
     for ratio, sets in skewed_sets(found).items():
         for d, name in enumerate("abc"):
@@ -296,6 +299,11 @@ def test_hand_values():
     assert load_entropy(np.array([3, 3])) == pytest.approx(1.0)
     assert js_distance(np.array([4, 0]), np.array([0, 9])) == pytest.approx(1.0)
     assert js_distance(np.array([1, 3]), np.array([10, 30])) == 0.0
+    g = np.random.default_rng(0)
+    p, q = g.integers(0, 3, 20), g.integers(0, 9, 20)
+    a, b = p / p.sum(), q / q.sum()
+    bits = (entropy((a + b) / 2) - (entropy(a) + entropy(b)) / 2) / np.log(2)
+    assert js_distance(p, q) == pytest.approx(bits**0.5) and (p == 0).any()
     coverage = path_coverage(Counter({(0, 1): 5, (1, 1): 2, (2, 2): 1, (3, 3): 1, (4, 4): 1}))
     assert coverage["top_1"] == 0.5 and coverage["top_4"] == 0.9 and coverage["paths"] == 5
     assert coverage["most_frequent"][0] == [[0, 1], 0.5]

@@ -13,7 +13,7 @@ import heapq
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -229,6 +229,11 @@ class RoutingRecorder:
         """Uses of every expert of a group, (X,)."""
         return self.counts[:, g].sum(0).numpy()
 
+    def pooled_load(self) -> np.ndarray:
+        """Uses of every expert (a tree's leaves) in all groups together, (X - first,): what a
+        balancing loss that pools layers balances."""
+        return self.counts[:, :, self.first :].sum((0, 1)).numpy()
+
     def summary(self, seed: int = 0) -> dict[str, Any]:
         """Every measure, of every group and over groups, as JSON-ready values; None where there is
         nothing to measure."""
@@ -244,6 +249,7 @@ class RoutingRecorder:
             "experts": self.weights.shape[-1],
             "first_leaf": self.first,
             "groups": groups,
+            "max_violation_pooled": _round(max_violation(self.pooled_load())),
             "continuity": self.continuity(),
             "paths": {
                 d: path_coverage(*own)
@@ -465,8 +471,10 @@ def load_entropy(load: np.ndarray) -> float | None:
     return float(-(p * np.log(p)).sum() / np.log(len(load))) if len(load) > 1 else 1.0
 
 
-def js_distance(p: Sequence[float], q: Sequence[float]) -> float:
+def js_distance(p: np.ndarray, q: np.ndarray) -> float:
     """Jensen-Shannon distance (base 2, the root of the divergence) of counts (X,), in [0, 1]."""
+    used = p > 0  # what p does not use may be one: of many experts a word uses few
+    p, q = np.append(p[used], 0), np.append(q[used], q.sum() - q[used].sum())
     return float(np.nan_to_num(jensenshannon(p, q, base=2)))  # of equal ones rounding may give nan
 
 
@@ -475,8 +483,9 @@ def _distances(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[tuple[flo
     share no expert but those counts themselves."""
     found = []
     for part, whole in pairs:
-        n, of = part.sum(), whole.sum()
-        found.append((js_distance(part, whole), js_distance([1, 0], [n, of - n])))
+        n, rest = part.sum(), whole.sum() - part.sum()
+        apart = js_distance(np.array([1, 0]), np.array([n, rest]))
+        found.append((js_distance(part, whole), apart))
     return found
 
 

@@ -61,6 +61,7 @@ def _mean_row(run: Run, k: str, found: dict[str, Any]) -> dict[str, str]:
         "partition": k,
         "experts per layer": str(found["experts"]),
         "MaxVio": cell(mean("max_violation")),
+        "MaxVio, layers pooled": cell(found["max_violation_pooled"]),
         "load entropy": cell(mean("load_entropy")),
         "NMI": cell(mean("nmi")),
         "NMI, shuffled": cell(mean("nmi_shuffled")),
@@ -92,7 +93,8 @@ def _layer_number(found: dict[str, Any], g: int) -> str:
 
 
 TERMS = {
-    "MaxVio": "largest load over the mean load, less 1; a load is how often an expert is used",
+    "MaxVio": "largest load over the mean load, less 1; a load is how often an expert is used. At"
+    " most experts / experts per token - 1; pooled: of the loads of all layers together",
     "load entropy": "of the loads, over that of equal ones: 1 is balanced",
     "NMI": "normalised mutual information of domain and expert, by weight: 0 where experts do not"
     " tell domains apart, 1 where they are the domains; shuffled: with the labels of rows dealt"
