@@ -52,8 +52,9 @@ class MoeConfig(OlmoeConfig):
     layers and a small offset per layer, weighed by routing_offset_coef. expert_bank_layers:
     consecutive layers that use one bank of experts. tree_depth: L > 0 puts the experts on the edges
     of a tree with tree_branching branches per node, those of depth l of width I / b^l, and a token
-    chooses k leaves; num_experts then counts the edges. expert_masks: some experts are purged (see
-    `purge_experts`); renormalize_masked: other experts are chosen in their place.
+    chooses k leaves, whose weights always sum to 1; num_experts then counts the edges.
+    expert_masks: some experts are purged (see `purge_experts`); renormalize_masked: other experts
+    are chosen in their place.
     """
 
     model_type = "tiered_moe"
@@ -251,7 +252,8 @@ class Router(nn.Module):
 
     def forward(self, x: torch.Tensor, shared: torch.Tensor | None = None) -> Routing:
         """x (N, D), or with a routing stream (N, Z); shared (E, Z): the gate of all layers."""
-        # float32 under autocast too: near scores would change places
+        # float32 in a bfloat16 model and under autocast too, where transformers' OLMoE computes
+        # scores in bfloat16: near ones would change places
         with torch.autocast(x.device.type, enabled=False):
             weight = self.weight if shared is None else self.weight + shared
             logits = F.linear(x.float(), weight.float())
