@@ -20,7 +20,7 @@ from tiered.methods import moe_config
 from tiered.partition import make_partition_map
 from tiered.recorder import RoutingRecorder
 from tiered.report import build
-from tiered.report_experts import ablation_table, plot_flow
+from tiered.report_experts import ablation_table, plot_flow, saturation
 from tiered.router import load_models, run_models
 from tiered.store import UserError, read_json, tree_hashes
 from tiered.training import expert_devices, train_partition
@@ -218,6 +218,10 @@ def test_training_is_watched_and_not_changed(project, tmp_path):
     loads = np.array([m["load"] for m in moments])
     assert loads.shape[1:] == (2, 6) and np.allclose(loads.sum(-1), 1, atol=1e-4)
     assert not np.array_equal(loads[0], loads[-1])
+    assert all(len(m["chosen"]) == 2 and len(m["chosen"][0]) == 4 * 4 * 32 for m in moments)
+    uses = [{len(t) for t in group} for m in moments for group in m["chosen"]]
+    assert all(u == {2} for u in uses)
+    assert (saturation(moments)[-1] == 1).all() and (saturation(moments)[0] < 1).all()
     for moment in moments:
         worst = np.max(moment["load"], 1) * 6 - 1
         assert np.allclose(moment["max_violation"], worst, atol=1e-3)
@@ -301,6 +305,13 @@ def test_what_is_left_out_has_its_layer_and_the_domain_that_it_hits():
     assert single["left out"] == "layers 2-3, expert 7" and path["left out"] == "path of hi: 4 7"
     assert single["hits most"] == "de" and path["hits most"] == "none"
     assert (single["hi"], single["de"], path["de"]) == ("-0.020", "+0.300", "-0.200")
+
+
+def test_saturation_is_the_share_of_the_last_experts_by_hand():
+    early = {"chosen": [[[0, 1], [2, 3]], [[], [1]]]}
+    late = {"chosen": [[[0, 2], [2, 3]], [[], []]]}
+    found = saturation([early, late])
+    assert found[:, 0].tolist() == [3 / 4, 1.0] and np.isnan(found[:, 1]).all()
 
 
 def test_a_flow_goes_through_the_heaviest_experts():

@@ -28,6 +28,7 @@ from tiered.recorder import (
     max_violation,
     path_coverage,
     shared_words,
+    used_together,
 )
 
 ROWS = {d: np.random.default_rng(i).integers(2, 50, (5, 12)) for i, d in enumerate("abc")}
@@ -312,6 +313,37 @@ def test_hand_values():
     assert shared_words(word, np.zeros(12, dtype=int), 5) == []
     tied = Counter({(2, 1): 3, (0, 1): 3, (1, 1): 3})
     assert [p for p, _ in path_coverage(tied)["most_frequent"]] == [[0, 1], [1, 1], [2, 1]]
+
+
+@pytest.mark.parametrize("kind", ["moe", "tree"])
+def test_experts_used_together_by_a_walk_over_tokens(kind, moe):
+    model = moe if kind == "moe" else make("tree", initializer_range=0.4).eval()
+    found, first = recorded(model), 2 if kind == "tree" else 0
+    for g, measures in enumerate(found.summary()["groups"]):
+        sets = []
+        with torch.no_grad():
+            for rows in ROWS.values():
+                routing = model(torch.from_numpy(rows), output_routing=True).routing[g]
+                sets += [{*t} - {*range(first)} for t in routing.index.tolist()]
+        experts, share = measures["together"]["experts"], measures["together"]["share"]
+        uses = {e: sum(e in s for s in sets) for s in sets for e in s}
+        assert [uses.get(e, 0) for e in experts] == sorted(uses.values(), reverse=True) + [0] * (
+            len(experts) - len(uses)
+        )
+        assert len(experts) == (4 if kind == "tree" else 6)
+        for i, a in enumerate(experts):
+            for j, b in enumerate(experts):
+                both = sum(a in s and b in s for s in sets)
+                assert share[i][j] == pytest.approx(both / max(1, uses.get(a, 0)), abs=1e-4)
+
+
+def test_the_busiest_experts_used_together_by_hand(monkeypatch):
+    monkeypatch.setattr(recorder, "TOGETHER", 2)
+    index = np.array([[0, 1], [1, 2], [1, -1], [2, 1]])
+    found = used_together(index, np.bincount([0, 1, 1, 2, 1, 2, 1], minlength=4))
+    assert found == {"experts": [1, 2], "share": [[1.0, 0.5], [1.0, 1.0]]}
+    idle = used_together(np.full((3, 2), -1), np.zeros(4))
+    assert idle["share"] == [[0.0, 0.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize("kind", ["moe", "tree", "monet"])

@@ -35,6 +35,8 @@ PATHS = 2**20  # different paths of a domain that are counted, at most
 SAMPLE = 2**17  # tokens whose experts are kept, for what needs each of them
 LARGEST = 2**27  # entries of a table; one that would be larger is not kept
 DRAWN = 256  # experts of a group whose use by every domain is told
+TOGETHER = 32  # experts of a group, the busiest, whose use together is told
+FOLLOWED = 512  # tokens whose experts are kept of every moment of training, for saturation
 LEAST_USES = 20  # occurrences of a word (ICS: in a domain) before its experts are compared
 WATCHED = 64  # words whose experts are compared between domains (ICS)
 SHUFFLES = 20
@@ -258,9 +260,11 @@ class RoutingRecorder:
         }
 
     def snapshot(self) -> dict[str, Any]:
-        """What is worth keeping of many moments: loads (G, X), their MaxVio, NMI and continuity."""
+        """What is worth keeping of many moments: loads (G, X), their MaxVio, NMI and continuity;
+        and per group the experts of some tokens, of the same ones whenever the text is the same."""
         groups = range(self.weights.shape[1])
         loads = [self.load(g) for g in groups]
+        followed = self.sample[np.argsort(self.order)[:FOLLOWED]]
         return {
             "domains": self.domains,
             "load": [shares(load) for load in loads],
@@ -268,6 +272,10 @@ class RoutingRecorder:
             "nmi": [
                 _round(normalised_information(joint)) if joint.any() else None
                 for joint in (self.joint(g, self.first) for g in groups)
+            ],
+            "chosen": [
+                [np.unique(own[own >= 0]).tolist() for own in self._experts_in(followed, g)]
+                for g in groups
             ],
             "continuity": self.continuity(),
         }
@@ -277,8 +285,7 @@ class RoutingRecorder:
     ) -> dict[str, Any]:
         load, joint = self.load(g), self.joint(g) * len(self.domains)
         drawn = np.sort(np.argsort(-joint.max(0), kind="stable")[:DRAWN])
-        slots = (sample.shape[1] - 2) // self.weights.shape[1]
-        index = sample[:, 2 + g * slots : 2 + (g + 1) * slots]
+        index = self._experts_in(sample, g)
         generator = np.random.default_rng([seed, g, 1])
         domain, word = sample[:, 0], sample[:, 1]
         return {
@@ -287,10 +294,16 @@ class RoutingRecorder:
             "load_entropy": _round(load_entropy(load[self.first :])),
             "drawn": drawn.tolist(),
             "share_of_domain": joint[:, drawn].round(6).tolist(),
+            "together": used_together(index, load, self.first),
             **self._domains_apart(g, rows, np.random.default_rng([seed, g])),
             **self._token_specialisation(index, word, generator),
             **self._context_specialisation(index, word, domain, generator),
         }
+
+    def _experts_in(self, sample: np.ndarray, g: int) -> np.ndarray:
+        """Experts (K, S) of a sample's tokens in a group; -1: a place without one."""
+        slots = (sample.shape[1] - 2) // self.weights.shape[1]
+        return sample[:, 2 + g * slots : 2 + (g + 1) * slots]
 
     def _domains_apart(
         self, g: int, rows: np.ndarray | None, generator: np.random.Generator
@@ -455,6 +468,22 @@ def _is_in(keys: np.ndarray, others: np.ndarray) -> np.ndarray:
 def shares(load: np.ndarray) -> list[float]:
     """Share of all uses of every expert, of loads (X,); four digits, however many there are."""
     return [float(f"{share:.4g}") for share in load / max(load.sum(), 1.0)]
+
+
+def used_together(index: np.ndarray, load: np.ndarray, first: int = 0) -> dict[str, Any]:
+    """Co-activation (arXiv:2409.02060, section 5) of the busiest experts: of the tokens that use
+    the one, the share that uses the other as well; 1 for itself, 0 for an expert without tokens.
+
+    index (K, S): experts of tokens, -1 for none; load (X,); first: the first of a tree's leaves.
+    """
+    busy = first + np.argsort(-load[first:], kind="stable")[:TOGETHER]
+    place = np.full(len(load) + 1, len(busy))  # the last one is where -1 points to
+    place[busy] = np.arange(len(busy))
+    used = np.zeros((len(index), len(busy) + 1), dtype=np.float32)
+    np.put_along_axis(used, place[index], 1, 1)
+    both = used.T.astype(np.float64) @ used
+    alone = both.diagonal()[:, None].clip(min=1)
+    return {"experts": busy.tolist(), "share": (both / alone)[:-1, :-1].round(4).tolist()}
 
 
 def max_violation(load: np.ndarray) -> float | None:

@@ -110,6 +110,9 @@ TERMS = {
     " domain, share an expert with the rest",
     "EC(s)": "expert continuity: share of uses of an expert that last for s more layers; by chance:"
     " did layers choose on their own",
+    "used together": "of the tokens that use an expert, the share that uses the other as well",
+    "router saturation": "of the experts that tokens use at the end of training, the share that"
+    " they used at a step before",
     "path": "a token's heaviest expert in every layer; top-1, top-4: share of a domain's tokens on"
     " its most frequent path, on its four most frequent ones",
     "ratio": "a domain's experts are those with at least so many times as much of its weight as of"
@@ -218,6 +221,7 @@ def model_plots(run: Run, k: str, found: dict[str, Any]) -> dict[str, tuple[str,
     return {
         "Which experts every domain uses": (f"{name}_domains", plot_domains(found)),
         "How far domains use different experts": (f"{name}_js", plot_divergence(found)),
+        "Experts that a token uses together": (f"{name}_together", plot_together(found)),
         "The way of a text through the layers": (f"{name}_flow", plot_flow(found)),
         "Experts through training": (f"{name}_training", plot_training(observed(run, k), found)),
     }
@@ -282,6 +286,42 @@ def plot_divergence(found: dict[str, Any]) -> plt.Figure | None:
     return figure
 
 
+def plot_together(found: dict[str, Any]) -> plt.Figure | None:
+    """Per layer: of the tokens that use an expert, the share that uses another as well, busiest
+    experts first; what there is of it where no token uses two is no plot."""
+    tables = [np.array(group["together"]["share"]) for group in found["groups"]]
+    apart = [np.where(np.eye(len(t), dtype=bool), np.nan, t) for t in tables]
+    most = max((np.nanmax(t) for t in apart if len(t) > 1), default=0.0)
+    if not most > 0:
+        return None
+    figure, panels = _panels(len(apart), 4.6, 4.0)
+    for g, (axes, table) in enumerate(zip(panels, apart, strict=True)):
+        experts = found["groups"][g]["together"]["experts"]
+        image = axes.imshow(table, cmap="Greys", vmin=0, vmax=most)
+        axes.set_xticks(range(len(experts)), experts, rotation=90, fontsize=6)
+        axes.set_yticks(range(len(experts)), experts, fontsize=6)
+        axes.set_xlabel("other expert")
+        axes.set_ylabel("expert, the busiest first")
+        axes.set_title(layer_name(found, g), fontsize=10)
+    figure.colorbar(image, ax=panels)
+    figure.suptitle("share of an expert's tokens that use the other too", fontsize=10)
+    return figure
+
+
+def saturation(moments: list[dict[str, Any]]) -> np.ndarray:
+    """Router saturation (arXiv:2409.02060, section 5), (moments, G): of the experts that tokens
+    use at the last moment, the share that they used at each; nan where none is left."""
+    last, found = moments[-1]["chosen"], []
+    for moment in moments:
+        shares = []
+        for then, now in zip(moment["chosen"], last, strict=True):
+            both = sum(len({*a} & {*b}) for a, b in zip(then, now, strict=True))
+            uses = sum(map(len, now))
+            shares.append(both / uses if uses else math.nan)
+        found.append(shares)
+    return np.array(found)
+
+
 def plot_flow(found: dict[str, Any]) -> plt.Figure | None:
     """The tokens of a text through the experts that they used most, layer by layer: the wider a
     line, the more of them take that step."""
@@ -311,13 +351,20 @@ def plot_flow(found: dict[str, Any]) -> plt.Figure | None:
 
 
 def plot_training(moments: list[dict[str, Any]], found: dict[str, Any]) -> plt.Figure | None:
-    """Load of every expert against the training step, layer by layer; MaxVio and NMI beside."""
+    """Load of every expert against the training step, layer by layer; MaxVio, NMI and router
+    saturation beside."""
     if len(moments) < 2:
         return None
     steps = [m["step"] for m in moments]
     loads = np.array([m["load"] for m in moments])  # (moments, G, X)
     layers = loads.shape[1]
-    figure, panels = _panels(layers + 2, 6.0, 2.8)
+    measures = {
+        "MaxVio": [m["max_violation"] for m in moments],
+        "NMI of domain and expert": [m["nmi"] for m in moments],
+    }
+    if "chosen" in moments[-1]:  # older models were not watched so closely
+        measures["router saturation"] = saturation(moments)
+    figure, panels = _panels(layers + len(measures), 6.0, 2.8)
     for g, axes in enumerate(panels[:layers]):
         order = loads[-1, g].argsort()[::-1][:BANDS]
         stacked = loads[:, g, order].T
@@ -328,16 +375,12 @@ def plot_training(moments: list[dict[str, Any]], found: dict[str, Any]) -> plt.F
         axes.set_ylabel("share of uses")
         some = f", the {BANDS} busiest of {loads.shape[2]}" if loads.shape[2] > BANDS else ""
         axes.set_title(f"{layer_name(found, g)}: one band per expert{some}", fontsize=10)
-    for axes, name, text in (
-        (panels[layers], "max_violation", "MaxVio"),
-        (panels[layers + 1], "nmi", "NMI of domain and expert"),
-    ):
+    for axes, (text, values) in zip(panels[layers:], measures.items(), strict=True):
+        table = np.array(values, dtype=float)  # None: nan
         for g in range(layers):
-            values = [math.nan if m[name][g] is None else m[name][g] for m in moments]
-            axes.plot(
-                steps, values, LINES[g % len(LINES)], color="black", alpha=1 - 0.15 * (g // 4)
-            )
-            axes.annotate(f" {_layer_number(found, g)}", (steps[-1], values[-1]), fontsize=8)
+            style = {"color": "black", "alpha": 1 - 0.15 * (g // 4)}
+            axes.plot(steps, table[:, g], LINES[g % len(LINES)], **style)
+            axes.annotate(f" {_layer_number(found, g)}", (steps[-1], table[-1, g]), fontsize=8)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(text)
         axes.set_title("one line per layer, numbered at its end", fontsize=10)
