@@ -16,6 +16,7 @@ from tiered.store import HASHES, OBSERVED, read_json, verified
 
 LINES = ("-", "--", ":", "-.")
 BANDS = 64  # experts of a layer whose load through training is drawn
+SATURATION = "router saturation"
 VISIBLE = 5e-4  # change of bits per byte that three decimals show
 FLOWS = 4  # texts whose flow is drawn as a plot, chosen ones first; the page has every text's table
 
@@ -111,7 +112,7 @@ TERMS = {
     "EC(s)": "expert continuity: share of uses of an expert that last for s more layers; by chance:"
     " did layers choose on their own",
     "used together": "of the tokens that use an expert, the share that uses the other as well",
-    "router saturation": "of the experts that tokens use at the end of training, the share that"
+    SATURATION: "of the experts that tokens use at the end of training, the share that"
     " they used at a step before",
     "path": "a token's heaviest expert in every layer; top-1, top-4: share of a domain's tokens on"
     " its most frequent path, on its four most frequent ones",
@@ -363,7 +364,7 @@ def plot_training(moments: list[dict[str, Any]], found: dict[str, Any]) -> plt.F
         "NMI of domain and expert": [m["nmi"] for m in moments],
     }
     if "chosen" in moments[-1]:  # older models were not watched so closely
-        measures["router saturation"] = saturation(moments)
+        measures[SATURATION] = saturation(moments)
     figure, panels = _panels(layers + len(measures), 6.0, 2.8)
     for g, axes in enumerate(panels[:layers]):
         order = loads[-1, g].argsort()[::-1][:BANDS]
@@ -380,10 +381,13 @@ def plot_training(moments: list[dict[str, Any]], found: dict[str, Any]) -> plt.F
         for g in range(layers):
             style = {"color": "black", "alpha": 1 - 0.15 * (g // 4)}
             axes.plot(steps, table[:, g], LINES[g % len(LINES)], **style)
-            axes.annotate(f" {_layer_number(found, g)}", (steps[-1], table[-1, g]), fontsize=8)
+            at = 0 if text == SATURATION else -1  # where all lines end at 1
+            place = {"ha": "right" if at == 0 else "left", "fontsize": 8}
+            axes.annotate(f" {_layer_number(found, g)} ", (steps[at], table[at, g]), **place)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(text)
-        axes.set_title("one line per layer, numbered at its end", fontsize=10)
+        side = "start" if text == SATURATION else "end"
+        axes.set_title(f"one line per layer, numbered at its {side}", fontsize=10)
     return figure
 
 
