@@ -363,7 +363,7 @@ def plot_training(moments: list[dict[str, Any]], found: dict[str, Any]) -> plt.F
         "MaxVio": [m["max_violation"] for m in moments],
         "NMI of domain and expert": [m["nmi"] for m in moments],
     }
-    if "chosen" in moments[-1]:  # older models were not watched so closely
+    if all("chosen" in m for m in moments):  # older models were not watched so closely
         measures[SATURATION] = saturation(moments)
     figure, panels = _panels(layers + len(measures), 6.0, 2.8)
     for g, axes in enumerate(panels[:layers]):
