@@ -135,7 +135,7 @@ def pieces_of(data: ProcessedData) -> list[bytes]:
 
 def spelled(pieces: Sequence[bytes], ids: Sequence[int]) -> list[tuple[str, str]]:
     """Of every token of a text the characters that end in it, and its bytes of one that later
-    tokens end, as `\\xe4\\xbd`: alone, a third of the tokens of some scripts would be no text."""
+    tokens end, as `\\xe4\\xbd`: alone, half of the tokens of a Chinese text are no text."""
     decoder, found = codecs.getincrementaldecoder("utf-8")("backslashreplace"), []
     for i in ids:
         text = decoder.decode(pieces[i])
