@@ -80,7 +80,7 @@ def test_sums_are_those_of_a_loop_over_tokens(moe):
     assert np.array_equal(found.uses.numpy(), uses)
     assert np.array_equal(found.counts.numpy(), uses)
     assert np.array_equal(found.by_word.numpy(), by_word)
-    assert Counter(map(tuple, found.sample.tolist())) == tokens  # few: all are kept
+    assert Counter(map(tuple, found.sample().tolist())) == tokens  # few: all are kept
     assert found.paths == list(paths.values())
     counts = np.bincount(np.concatenate([r.ravel() for r in ROWS.values()]), minlength=50)
     assert np.array_equal(found.word_counts.numpy(), counts)
@@ -185,7 +185,7 @@ def test_memory_does_not_grow_with_words_times_experts(monkeypatch):
     found.add("a", ids, [GroupRouting(sums, sums, index, torch.ones(800, 4))])
     assert (
         found._token_specialisation(
-            found.sample[:, 2:], found.sample[:, 1], np.random.default_rng(1)
+            found.sample()[:, 2:], found.sample()[:, 1], np.random.default_rng(1)
         )["tis_words"]
         == 400
     )
@@ -376,10 +376,9 @@ def test_measures_by_chance_are_those_of_routing_that_knows_nothing(kind, monkey
 def test_a_sample_is_the_same_whatever_the_batches(moe, monkeypatch):
     monkeypatch.setattr(recorder, "SAMPLE", 40)
     whole, parts = recorded(moe, 16), recorded(moe, 1)
-    assert len(whole.sample) == 40
-    a, b = (found.sample[np.argsort(found.order)] for found in (whole, parts))
-    assert np.array_equal(a, b)
-    assert set(whole.sample[:, 0]) == {0, 1, 2}
+    a, b = whole.sample(), parts.sample()
+    assert len(a) == 40 and np.array_equal(a, b)
+    assert set(a[:, 0]) == {0, 1, 2}
 
 
 def test_a_trees_paths_and_balance_are_of_its_leaves():
@@ -423,7 +422,7 @@ def test_what_would_be_too_large_is_left_out(moe, monkeypatch):
     monkeypatch.setattr(recorder, "LARGEST", 3 * 6 * 9)
     found = recorded(moe)
     assert found.by_word is None and found.by_row is None and found.rows_of == []
-    assert len(found.sample) == 3 * 6 * 9 // (3 * 2)
+    assert len(found.sample()) == 3 * 6 * 9 // (3 * 2)
     measures = found.summary()["groups"][0]
     assert measures["nmi_shuffled"] is None and measures["nmi"] > 0
     assert found.top_words(0) == [[]] * 6

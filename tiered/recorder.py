@@ -98,8 +98,9 @@ class RoutingRecorder:
         self.where = torch.full((*shape, CONTEXTS, 3), -1, dtype=torch.int64)
         slots = groups[0].index.shape[1]
         self.sample_size = min(SAMPLE, LARGEST // (shape[0] * slots))
-        self.order = np.zeros(0, dtype=np.uint64)
-        self.sample = np.zeros((0, 2 + shape[0] * slots), dtype=np.int32)
+        order, rows = np.zeros(0, dtype=np.uint64), np.zeros((0, 2 + shape[0] * slots), np.int32)
+        self._sampled = [(order, rows)]
+        self._waiting = 0  # tokens of all but the first part
 
     def read(
         self, model: torch.nn.Module, domain: str, input_ids: np.ndarray, batch_rows: int = 16
@@ -174,17 +175,34 @@ class RoutingRecorder:
         per group the experts (-1: a place without one)."""
         seen = [g.index.masked_fill((g.weights <= 0) | (g.index < g.first), -1) for g in groups]
         rows = torch.cat([torch.full((len(ids), 1), d), torch.from_numpy(ids)[:, None], *seen], 1)
-        self.sample = np.concatenate([self.sample, rows.numpy().astype(np.int32)])
-        self.order = np.concatenate([self.order, order])
-        if len(self.order) > self.sample_size:
-            kept = np.argpartition(self.order, self.sample_size - 1)[: self.sample_size]
-            self.sample, self.order = self.sample[kept], self.order[kept]
+        self._sampled.append((order, rows.numpy().astype(np.int32)))
+        self._waiting += len(ids)
+        if self._waiting > self.sample_size:  # seldom: it moves the whole sample
+            self._settle()
+
+    def _settle(self) -> tuple[np.ndarray, np.ndarray]:
+        """The sample's tokens (K, ..) and their places in the random order (K,)."""
+        if self._waiting:
+            order, sample = (np.concatenate(parts) for parts in zip(*self._sampled, strict=True))
+            if len(order) > self.sample_size:
+                kept = np.argpartition(order, self.sample_size - 1)[: self.sample_size]
+                order, sample = order[kept], sample[kept]
+            self._sampled, self._waiting = [(order, sample)], 0
+        return self._sampled[0][1], self._sampled[0][0]
+
+    def sample(self) -> np.ndarray:
+        """Tokens (K, 2 + G S) that stand for all, in a random order: domain, word, and per group
+        the experts (-1: a place without one)."""
+        sample, order = self._settle()
+        return sample[np.argsort(order)]
 
     def _add_contexts(self, g: int, used: Uses, place: np.ndarray, among: np.ndarray) -> None:
         """Keep an expert's heaviest tokens; equal ones in an order as good as random. place (N, 3):
         domain, row, position; among (N,) in [0, 1)."""
         # less than two neighbouring float32 differ by: no other tokens change places
         exact = used.weight * (1 + 2.0**-26 * among[used.token])
+        better = exact > self.best[g, :, -1].numpy()[used.expert]
+        used, exact = used.among(better), exact[better]
         order = np.lexsort((-exact, used.expert))
         experts, begin = np.unique(used.expert[order], return_index=True)
         spans = np.diff(begin, append=len(order))
@@ -240,9 +258,9 @@ class RoutingRecorder:
         """Every measure, of every group and over groups, as JSON-ready values; None where there is
         nothing to measure."""
         rows = None if self.by_row is None else torch.cat(self.by_row).double().numpy()
-        by_order = np.argsort(self.order)
+        sample = self.sample()
         groups = [
-            self._group(g, None if rows is None else rows[:, g], self.sample[by_order], seed)
+            self._group(g, None if rows is None else rows[:, g], sample, seed)
             for g in range(self.weights.shape[1])
         ]
         return {
@@ -264,7 +282,7 @@ class RoutingRecorder:
         and per group the experts of some tokens, of the same ones whenever the text is the same."""
         groups = range(self.weights.shape[1])
         loads = [self.load(g) for g in groups]
-        followed = self.sample[np.argsort(self.order)[:FOLLOWED]]
+        followed = self.sample()[:FOLLOWED]
         return {
             "domains": self.domains,
             "load": [shares(load) for load in loads],
@@ -450,10 +468,13 @@ def _uses(group: GroupRouting) -> Uses:
 def _heaviest(used: Uses, tokens: int) -> np.ndarray:
     """Expert (N,) that every token gave most weight, the first of equal ones; -1 where no expert is
     left to it."""
-    order = np.lexsort((-used.weight, used.token))  # stable: experts stay in their order
-    token, first = np.unique(used.token[order], return_index=True)
     found = np.full(tokens, -1)
-    found[token] = used.expert[order][first]
+    if len(used.token):
+        begin = np.flatnonzero(np.diff(used.token, prepend=-1))
+        spans = np.diff(begin, append=len(used.token))
+        most = np.repeat(np.maximum.reduceat(used.weight, begin), spans)
+        heaviest = np.flatnonzero(used.weight == most)[::-1]  # the first of equal ones is set last
+        found[used.token[heaviest]] = used.expert[heaviest]
     return found
 
 
