@@ -518,7 +518,9 @@ class EvalConfig:
     )
     flow_tokens: int = opt(24, "tokens per domain whose way through the layers is drawn", low=1)
     flow_texts: dict[str, str] = opt(
-        {}, "expert pages: name -> a text of yours whose way through the layers is drawn as well"
+        {},
+        "expert pages: name -> a text of yours, at most data.block_size tokens of it, whose way"
+        " through the layers is drawn as well",
     )
     cached_rows: int = opt(100, "validation rows that make the cached prior", low=1)
     context_lengths: tuple[int, ...] = opt(

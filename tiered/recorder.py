@@ -147,14 +147,15 @@ class RoutingRecorder:
         order: np.ndarray,
     ) -> None:
         """Add what tokens used: their ids, rows, positions and places in a random order (N,)."""
-        experts, place = self.weights.shape[-1], np.stack([np.full_like(row, d), row, position], 1)
+        experts, among = self.weights.shape[-1], order / 2.0**64
+        place = np.stack([np.full_like(row, d), row, position], 1)
         for g, used in enumerate(groups):
             self.uses[d, g] += torch.from_numpy(np.bincount(used.expert, minlength=experts))
             if self.by_word is not None:
                 cells = torch.from_numpy(words[used.token].astype(np.int64) * experts + used.expert)
                 ones = torch.ones(len(cells), dtype=torch.int32)
                 self.by_word[g].view(-1).index_add_(0, cells, ones)
-            self._add_contexts(g, used, place, order / 2.0**64)
+            self._add_contexts(g, used, place, among)
         leaves = [used.among(used.expert >= self.first) for used in groups]
         self._add_continuity([used.key for used in leaves])
         self._add_paths(d, np.stack([_heaviest(used, len(words)) for used in leaves], 1))
@@ -361,7 +362,8 @@ class RoutingRecorder:
             tables = self._tables(np.where(frequent[words], words, -1), index)
             return ((table, everything) for table in tables)
 
-        found = _specialisation_of(pairs(word), pairs(generator.permutation(word)), "tis")
+        dealt = pairs(generator.permutation(word))
+        found = _of_distances(_distances(pairs(word)), _distances(dealt), "tis")
         return found | {"tis_words": found.pop("tis_pairs")}
 
     def _context_specialisation(
@@ -537,15 +539,6 @@ def _distances(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[tuple[flo
         apart = js_distance(np.array([1, 0]), np.array([n, rest]))
         found.append((js_distance(part, whole), apart))
     return found
-
-
-def _specialisation_of(
-    measured: Iterable[tuple[np.ndarray, np.ndarray]],
-    by_chance: Iterable[tuple[np.ndarray, np.ndarray]],
-    name: str,
-) -> dict[str, float | None]:
-    """As `_of_distances`, of (counts, counts of all) pairs."""
-    return _of_distances(_distances(measured), _distances(by_chance), name)
 
 
 def _of_distances(

@@ -95,7 +95,8 @@ def _layer_number(found: dict[str, Any], g: int) -> str:
 
 TERMS = {
     "MaxVio": "largest load over the mean load, less 1; a load is how often an expert is used. At"
-    " most experts / experts per token - 1; pooled: of the loads of all layers together",
+    " most experts / those that a token (of a Monet: a head) uses - 1; pooled: of the loads of all"
+    " layers together",
     "load entropy": "of the loads, over that of equal ones: 1 is balanced",
     "NMI": "normalised mutual information of domain and expert, by weight: 0 where experts do not"
     " tell domains apart, 1 where they are the domains; shuffled: with the labels of rows dealt"
@@ -119,7 +120,7 @@ TERMS = {
     "ratio": "a domain's experts are those with at least so many times as much of its weight as of"
     " any other domain's; coverage: share of the domain's weight that they hold, mean over layers",
     "left out": "change of bits per byte on these rows without an expert, or without all experts of"
-    " a domain's most frequent path. Changes near 0.001 are what few rows make",
+    " a domain's most frequent path. They have no interval: mind the number of rows",
 }
 
 
@@ -289,7 +290,7 @@ def plot_divergence(found: dict[str, Any]) -> plt.Figure | None:
 
 def plot_together(found: dict[str, Any]) -> plt.Figure | None:
     """Per layer: of the tokens that use an expert, the share that uses another as well, busiest
-    experts first; what there is of it where no token uses two is no plot."""
+    experts first; None where no token uses two."""
     tables = [np.array(group["together"]["share"]) for group in found["groups"]]
     apart = [np.where(np.eye(len(t), dtype=bool), np.nan, t) for t in tables]
     most = max((np.nanmax(t) for t in apart if len(t) > 1), default=0.0)
