@@ -1,8 +1,9 @@
 """Speed and memory of the models, as ratios measured side by side in one run.
 
 Every contender lives in a process of its own (its peak memory is its own); they take turns, one
-step each per round, and the median over the rounds is compared with ours. The matrix products that
-no implementation can avoid take part as a contender: the floor.
+step each per round, and the median over the rounds is compared with ours. Only those of `recorder`
+share one: two processes' layouts of memory differ by more than the tenth that is asked there. The
+matrix products that no implementation can avoid take part as a contender: the floor.
 
     python scripts/bench.py train-step --hidden 196 --experts 32 --vocab 119547
     python scripts/bench.py train-step --vocab 8192 --reference FILE.py --reference-python PYTHON
@@ -58,6 +59,7 @@ CASES = {
     "data": ("ours", "run_clm", "tokenizer alone"),
     "scaling": (),  # the numbers of --partitions, the first of which the others are compared with
 }
+ONE_PROCESS = ("recorder",)  # cases whose contenders share a process, and so its peak memory
 OLMOE_EXPERTS, OLMOE_ACTIVE = 64, 8
 
 
@@ -374,16 +376,18 @@ def products_step(size: dict[str, Any]) -> Callable[[], None]:
     return step
 
 
-def worker(kind: str, case: str, size: dict[str, Any]) -> None:
-    """Answer each line on stdin with the seconds of one turn and the peak memory so far."""
+def worker(kinds: list[str], case: str, size: dict[str, Any]) -> None:
+    """Answer each line on stdin, a contender's name, with the seconds of one turn of it and the
+    peak memory so far."""
     import torch
 
     torch.set_num_threads(size["threads"])
-    step = make_step(kind, case, size)
+    steps = {kind: make_step(kind, case, size) for kind in kinds}
     cuda = size["device"] == "cuda"
     start = resident_bytes()
     print(json.dumps({"ready": True}), flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        step = steps[line.rstrip("\n")]
         begin = time.perf_counter()
         step()
         if cuda:
@@ -405,11 +409,11 @@ def resident_bytes() -> int:
 # ---------------------------------------------------------------- the race
 
 
-class Contender:
-    """A worker process that takes its turn when told to."""
+class Worker:
+    """A process in which contenders take their turns when told to."""
 
-    def __init__(self, kind: str, case: str, size: dict[str, Any], python: str) -> None:
-        command = [python, str(Path(__file__).resolve()), "--worker", kind, case, json.dumps(size)]
+    def __init__(self, kinds: list[str], case: str, size: dict[str, Any], python: str) -> None:
+        given = [json.dumps(kinds), case, json.dumps(size)]
         environment = {
             # as scripts/environment.sh sets them for the pipeline
             "MALLOC_MMAP_THRESHOLD_": "33554432",
@@ -418,9 +422,14 @@ class Contender:
             "HF_HUB_OFFLINE": "1",
             **os.environ,
         }
-        self.kind, self.answers = kind, []
+        self.kinds = kinds
+        self.answers: dict[str, list[dict]] = {kind: [] for kind in kinds}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [python, str(Path(__file__).resolve()), "--worker", *given],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         self._read()
 
@@ -428,13 +437,14 @@ class Contender:
         while line := self.process.stdout.readline():
             if line.startswith("{"):
                 return json.loads(line)
-        raise SystemExit(f"bench.py: contender {self.kind!r} died (see its error above)")
+        names = ", ".join(map(repr, self.kinds))
+        raise SystemExit(f"bench.py: contender {names} died (see its error above)")
 
-    def turn(self) -> None:
-        """One step, noted."""
-        self.process.stdin.write("\n")
+    def turn(self, kind: str) -> None:
+        """One step of a contender, noted."""
+        self.process.stdin.write(f"{kind}\n")
         self.process.stdin.flush()
-        self.answers.append(self._read())
+        self.answers[kind].append(self._read())
 
     def close(self) -> None:
         """End the process."""
@@ -445,21 +455,24 @@ class Contender:
 def race(case: str, kinds: list[str], size: dict[str, Any], rounds: int, python: str) -> list[dict]:
     """Median seconds and peak memory per contender; ratios are theirs over ours."""
     reference = {"reference": python}
-    contenders = [Contender(k, case, size, reference.get(k, sys.executable)) for k in kinds]
+    together = [kinds] if case in ONE_PROCESS else [[kind] for kind in kinds]
+    processes = [Worker(k, case, size, reference.get(k[0], sys.executable)) for k in together]
     for _ in range(rounds + 1):
-        for contender in contenders:
-            contender.turn()
+        for process in processes:
+            for kind in process.kinds:
+                process.turn(kind)
     rows = []
-    for contender in contenders:
-        contender.close()
-        seconds = [a["seconds"] for a in contender.answers[1:]]  # the first turn warms up
+    for process in processes:
+        process.close()
+    for kind, found in (pair for process in processes for pair in process.answers.items()):
+        seconds = [a["seconds"] for a in found[1:]]  # the first turn warms up
         rows.append(
             {
-                "contender": contender.kind,
+                "contender": kind,
                 "seconds": statistics.median(seconds),
                 "spread": (max(seconds) - min(seconds)) / statistics.median(seconds),
-                "peak_bytes": contender.answers[-1]["peak"],
-                "peak_over_start_bytes": contender.answers[-1]["over_start"],
+                "peak_bytes": found[-1]["peak"],
+                "peak_over_start_bytes": found[-1]["over_start"],
             }
         )
     for row in rows:
@@ -538,7 +551,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Race the contenders of a case, per number of tokens."""
     if sys.argv[1:2] == ["--worker"]:
-        worker(sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))
+        worker(json.loads(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]))
         return
     given = parse()
     kinds = list(CASES[given.case])

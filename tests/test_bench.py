@@ -53,6 +53,24 @@ def test_paths_are_timed_by_number_of_partitions(tmp_path):
     assert race["rows"][1]["time_ratio"] > 1.2
 
 
+def test_the_recorder_and_the_pass_without_it_take_turns_in_one_process(tmp_path):
+    """Peak memory tells that it is one process: it is that of both."""
+    sizes = {"hidden": 32, "experts": 8, "vocab": 500, "layers": 2, "heads": 2, "topk": 2}
+    options = [f"--{name}={value}" for name, value in sizes.items()]
+    options += ["--tokens=1024", "--threads=1", "--rounds=5", "--json", tmp_path / "x.json"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/bench.py", "recorder", *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (race,) = json.loads((tmp_path / "x.json").read_text())["races"]
+    assert [row["contender"] for row in race["rows"]] == ["ours", "forward"]
+    assert race["rows"][1]["memory_ratio"] == pytest.approx(1, abs=0.02)
+    assert race["rows"][1]["time_ratio"] < 1
+
+
 @pytest.mark.parametrize("path", ["route", "mix", "score", "documents", "clusters"])
 def test_every_path_runs(path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
