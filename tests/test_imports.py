@@ -30,7 +30,10 @@ ALLOWED = {
     "report_unlearning": {"metrics", "runs", "sealed", "statistics", "store"},
     "report_trunk": {"runs", "store"},
     "report_experts": {"runs", "store"},
-    "report": {"report_experts", "report_trunk", "report_unlearning", "runs", "store"},
+    "report_seeds": {"report_experts", "runs", "statistics"},
+    "report": {
+        *("report_experts", "report_seeds", "report_trunk", "report_unlearning", "runs", "store"),
+    },
     **{leaf: set() for leaf in LEAVES},
 }
 SHADOWED = {"datasets", "evaluate", "tokenizers", "accelerate", "wandb", "torch", "transformers"}

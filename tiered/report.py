@@ -39,6 +39,7 @@ from tiered.report_experts import (
     skew_table,
     terms_html,
 )
+from tiered.report_seeds import plot_seeds, seed_tables
 from tiered.report_trunk import trunk_tables
 from tiered.report_unlearning import (
     forget_plots,
@@ -494,7 +495,8 @@ LEADERBOARD = (
 
 def build(folders: list[Path], output: Path) -> Path:
     """Write the report of runs into a folder; returns the page."""
-    runs = sorted((load_run(folder) for folder in folders), key=lambda r: (r.n, r.name))
+    loaded = [load_run(folder) for folder in dict.fromkeys(folders)]
+    runs = sorted(loaded, key=lambda r: (r.n, r.name))
     tell_apart(runs)
     names = html.escape(", ".join(run.name for run in runs))
     tables = {
@@ -507,12 +509,14 @@ def build(folders: list[Path], output: Path) -> Path:
     if any("mixtures" in run.utility for run in runs):
         tables["Mixtures (bits per byte, macro over domains)"] = mixture_table(runs)
     tables |= {title: rows for title, rows in trunk_tables(runs).items() if rows}
+    tables |= seed_tables(runs, loaded[0])
     tables |= expert_tables(runs)
     for run in runs:
         if (_clusters(run) or {}).get("top_terms"):
             tables[f"Clusters of {run.name}"] = term_table(run)
     plots = {
         "Bits per byte against the number of partitions": ("utility", plot_utility(runs)),
+        "Bits per byte of every seed": ("seeds", plot_seeds(runs)),
         "Where each domain is routed": ("routing", plot_routing(runs)),
         "Mixtures of partition models": ("mixtures", plot_mixtures(runs)),
         "Every model on every cluster or domain": ("experts", plot_experts(runs)),

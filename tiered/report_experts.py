@@ -6,6 +6,7 @@ Reads eval/experts.json and, where training was watched, models/<k>/observed.jso
 import html
 import json
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -45,42 +46,41 @@ def expert_tables(runs: list[Run]) -> dict[str, list[dict[str, str]]]:
     return {"Experts (T9, mean over layers)": rows} if rows else {}
 
 
-def _mean_row(run: Run, k: str, found: dict[str, Any]) -> dict[str, str]:
+def measures(found: dict[str, Any]) -> dict[str, tuple[float | None, int]]:
+    """A model's measures, means over its layers (paths: over domains), and their decimals."""
     groups, steps = found["groups"], found["continuity"].get("1", {})
-    paths = list(found["paths"].values())
 
-    def mean(name: str) -> float | None:
-        values = [g[name] for g in groups if g[name] is not None]
+    def mean(entries: Iterable[dict[str, Any]], name: str) -> float | None:
+        values = [entry[name] for entry in entries if entry[name] is not None]
         return float(np.mean(values)) if values else None
 
-    def top(name: str) -> float | None:
-        values = [p[name] for p in paths if p[name] is not None]
-        return float(np.mean(values)) if values else None
-
+    paths = found["paths"].values()
     return {
-        "experiment": run.name,
-        "partition": k,
-        "experts per layer": str(found["experts"]),
-        "MaxVio": cell(mean("max_violation")),
-        "MaxVio, layers pooled": cell(found["max_violation_pooled"]),
-        "load entropy": cell(mean("load_entropy")),
-        "NMI": cell(mean("nmi")),
-        "NMI, shuffled": cell(mean("nmi_shuffled")),
-        "effective domains per expert": cell(mean("effective_domains_per_expert"), 2),
-        "effective experts per domain": cell(mean("effective_experts_per_domain"), 1),
-        "TIS": cell(mean("tis")),
-        "TIS by chance": cell(mean("tis_by_chance")),
-        "TIS attainable": cell(mean("tis_attainable")),
-        "TIS, words": cell(mean("tis_words"), 0),
-        "ICS": cell(mean("ics")),
-        "ICS by chance": cell(mean("ics_by_chance")),
-        "ICS attainable": cell(mean("ics_attainable")),
-        "ICS, words": cell(mean("ics_words"), 0),
-        "EC(1)": cell(steps.get("observed")),
-        "EC(1) by chance": cell(steps.get("by_chance")),
-        "top-1 path": cell(top("top_1")),
-        "top-4 paths": cell(top("top_4")),
+        "MaxVio": (mean(groups, "max_violation"), 3),
+        "MaxVio, layers pooled": (found["max_violation_pooled"], 3),
+        "load entropy": (mean(groups, "load_entropy"), 3),
+        "NMI": (mean(groups, "nmi"), 3),
+        "NMI, shuffled": (mean(groups, "nmi_shuffled"), 3),
+        "effective domains per expert": (mean(groups, "effective_domains_per_expert"), 2),
+        "effective experts per domain": (mean(groups, "effective_experts_per_domain"), 1),
+        "TIS": (mean(groups, "tis"), 3),
+        "TIS by chance": (mean(groups, "tis_by_chance"), 3),
+        "TIS attainable": (mean(groups, "tis_attainable"), 3),
+        "TIS, words": (mean(groups, "tis_words"), 0),
+        "ICS": (mean(groups, "ics"), 3),
+        "ICS by chance": (mean(groups, "ics_by_chance"), 3),
+        "ICS attainable": (mean(groups, "ics_attainable"), 3),
+        "ICS, words": (mean(groups, "ics_words"), 0),
+        "EC(1)": (steps.get("observed"), 3),
+        "EC(1) by chance": (steps.get("by_chance"), 3),
+        "top-1 path": (mean(paths, "top_1"), 3),
+        "top-4 paths": (mean(paths, "top_4"), 3),
     }
+
+
+def _mean_row(run: Run, k: str, found: dict[str, Any]) -> dict[str, str]:
+    row = {"experiment": run.name, "partition": k, "experts per layer": str(found["experts"])}
+    return row | {name: cell(value, digits) for name, (value, digits) in measures(found).items()}
 
 
 def layer_name(found: dict[str, Any], g: int) -> str:
