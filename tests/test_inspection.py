@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from tests.conftest import run_stages, tiny_project
 from tiered.baselines.modeling_moe import MoeForCausalLM
 from tiered.config import load
-from tiered.data import ProcessedData
+from tiered.data import ProcessedData, Rows
 from tiered.experts import expert_masks, expert_scores, experts_of, mean_expert_weights
-from tiered.inspection import ablations, chosen_texts, domain_bpb, pieces_of, spelled
+from tiered.inspection import ablations, chosen_texts, costliest, pieces_of, row_nats, spelled
 from tiered.methods import moe_config
 from tiered.partition import make_partition_map
 from tiered.recorder import RoutingRecorder
@@ -146,6 +146,12 @@ def test_a_text_of_no_token_is_refused(project, monkeypatch):
         load("configs/moe.yaml", ["eval.flow_texts={hi: some text}"])
 
 
+def domain_bpb(model, rows, batch_rows: int) -> dict[str, float]:
+    """Bits per byte of a model on every domain's rows."""
+    nats = row_nats(model, rows, batch_rows)
+    return {d: nats[d].sum() / np.log(2) / own.token_bytes[:, 1:].sum() for d, own in rows.items()}
+
+
 def test_an_ablation_is_the_change_that_leaving_out_makes(project, monkeypatch):
     monkeypatch.chdir(project)
     config, data, _, models = loaded(project, "moe")
@@ -172,6 +178,46 @@ def test_an_ablation_is_the_change_that_leaving_out_makes(project, monkeypatch):
         after = domain_bpb(model, rows, config.eval.batch_rows)
         for domain, change in entry["change_bpb"].items():
             assert after[domain] - before[domain] == pytest.approx(change, abs=2e-5)
+    # the one that costs most, from models that see the one half of the rows only
+    halves = [{d: own.only(np.arange(6) % 2 == i) for d, own in rows.items()} for i in (0, 1)]
+    model.purge_experts(torch.ones(2, 6).bool())
+    without = [domain_bpb(model, half, 8) for half in halves]
+    costs = {}
+    for entry in ablation["experts"]:
+        keep = torch.ones(2, 6).bool()
+        keep[entry["group"], entry["expert"]] = False
+        model.purge_experts(keep)
+        after = [domain_bpb(model, half, 8) for half in halves]
+        for domain in rows:
+            change = [a[domain] - b[domain] for a, b in zip(after, without, strict=True)]
+            costs[entry["group"], entry["expert"], domain] = change
+    most = ablation["most"]
+    place = (most["group"], most["expert"])
+    assert (*place, most["domain"]) == max(costs, key=lambda key: costs[key][0])
+    assert most["found_bpb"] == pytest.approx(costs[(*place, most["domain"])][0], abs=2e-5)
+    for domain, interval in most["change_bpb"].items():
+        assert interval["value"] == pytest.approx(costs[(*place, domain)][1], abs=2e-5)
+
+
+def test_what_costs_most_is_found_on_even_rows_and_measured_on_odd_ones():
+    """Two changes, two domains, four rows of ten bytes; 1 nat is 1 / ln 2 bits."""
+
+    rows = Rows("a", "test", ("",) * 4, *[np.array([[90, 4, 6]] * 4)] * 3, *[np.zeros(4)] * 2)
+    changes = [
+        {"a": np.array([1.0, -1, 1, -3]), "b": np.array([0.0, 9, 0, 9])},
+        {"a": np.array([0.5, 5, 0.5, 7]), "b": np.array([1.5, 1, 1.5, 2])},
+    ]
+    found = costliest(changes, {"a": rows, "b": rows})
+    assert (found["index"], found["domain"]) == (1, "b")
+    assert found["found_bpb"] == pytest.approx(0.15 / np.log(2), abs=1e-6)
+    # a: 5 and 7 nats in 20 bytes, 0.6 a byte; t with one degree of freedom 12.7062, SE 0.1
+    low, high = (0.6 + sign * 12.7062 * 0.1 for sign in (-1, 1))
+    expected = {"value": 0.6, "low": low, "high": high, "standard_error": 0.1}
+    for name, value in expected.items():
+        assert found["change_bpb"]["a"][name] == pytest.approx(value / np.log(2), abs=1e-4)
+    assert found["change_bpb"]["b"]["value"] == pytest.approx(0.15 / np.log(2), abs=1e-6)
+    assert costliest(changes, {"a": rows, "b": rows.only(np.arange(4) < 3)}) is None
+    assert costliest([], {"a": rows, "b": rows}) is None
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
@@ -293,6 +339,14 @@ def test_pages_show_it(project, tmp_path):
     assert f"| {found['continuity']['1']['observed']:.3f} |" in table
     own = (tmp_path / "experts_moe_0.html").read_text()
     assert "Read: 6 rows of the test split per domain" in own and "<b>MaxVio</b>: largest" in own
+    most = found["ablation"]["most"]
+    (table,) = (tmp_path / "tables").glob("the_expert_that_costs_a_domain_most*.md")
+    (row,) = [line for line in table.read_text().splitlines() if line.startswith("| moe |")]
+    cells = [text.strip() for text in row.split("|")][1:-1]
+    assert cells[3:5] == [most["domain"], f"{most['found_bpb']:.3f}"]
+    others = {d: v["value"] for d, v in most["change_bpb"].items() if d != most["domain"]}
+    assert cells[6] == f"{np.mean(list(others.values())):.3f}"
+    assert cells[7].startswith(f"{max(others.values()):.3f} (")
 
 
 def test_what_is_left_out_has_its_layer_and_the_domain_that_it_hits():

@@ -27,6 +27,7 @@ from tiered.record import device_of, training_environment
 from tiered.recorder import RoutingRecorder, path_coverage
 from tiered.router import load_models
 from tiered.scoring import score_prefixes
+from tiered.statistics import mean_difference
 from tiered.store import UserError, code_hash, content_hash, digest, read_json, write_json
 from tiered.tokenization import Encoder
 
@@ -226,22 +227,28 @@ def ablations(
 ) -> dict[str, Any]:
     """Change of bits per byte on every domain when one expert of a group is left out, for the
     busiest eval.expert_ablations of each; and when all experts of a domain's most frequent path
-    are. Empty where none are asked for."""
+    are. `most`: the single expert that costs a domain most, which is found on every other row and
+    measured on those between. Empty where none are asked for."""
     count = config.eval.expert_ablations
     if not count:
         return {}
     shape, groups = experts_shape(model), recorder.weights.shape[1]
     left, renormalize = expert_masks(model)  # a model may be a purged one
-    before = domain_bpb(model, rows, config.eval.batch_rows)
+    before = row_nats(model, rows, config.eval.batch_rows)
 
-    def without(places: list[tuple[int, int]]) -> dict[str, float]:
+    def without(places: list[tuple[int, int]]) -> dict[str, np.ndarray]:
         keep = torch.ones(groups, recorder.weights.shape[-1], dtype=torch.bool)
         for g, e in places:
             keep[g, e] = False
         keep = keep.unflatten(1, shape)
         model.purge_experts(keep if left is None else keep & left.cpu(), renormalize)
-        after = domain_bpb(model, rows, config.eval.batch_rows)
-        return {d: round(after[d] - before[d], 6) for d in rows}
+        after = row_nats(model, rows, config.eval.batch_rows)
+        return {d: after[d] - before[d] for d in rows}
+
+    def bpb(nats: dict[str, np.ndarray]) -> dict[str, float]:
+        return {
+            d: round(nats[d].sum() / np.log(2) / scored_bytes(own), 6) for d, own in rows.items()
+        }
 
     loads = [recorder.load(g) for g in range(groups)]
     single = [
@@ -251,26 +258,64 @@ def ablations(
         if loads[g][e]
     ]
     try:
-        experts = [
-            {"group": g, "expert": e, "change_bpb": without([(g, e)])}
-            for g, e in progress(single, "ablations", "expert")
-        ]
+        changes = [without([place]) for place in progress(single, "ablations", "expert")]
         paths = {}
         for domain, counter in zip(recorder.domains, recorder.paths, strict=True):
             path = path_coverage(counter)["most_frequent"][0][0]
             places = [(g, e) for g, e in enumerate(path) if e >= 0]
-            paths[domain] = {"path": path, "change_bpb": without(places)}
+            paths[domain] = {"path": path, "change_bpb": bpb(without(places))}
     finally:
         model.purge_experts(left, renormalize)
-    return {"bpb": {d: round(v, 6) for d, v in before.items()}, "experts": experts, "paths": paths}
+    experts = [
+        {"group": g, "expert": e, "change_bpb": bpb(change)}
+        for (g, e), change in zip(single, changes, strict=True)
+    ]
+    most = costliest(changes, rows)
+    if most:
+        most = dict(zip(("group", "expert"), single[most.pop("index")], strict=True)) | most
+    return {"bpb": bpb(before), "experts": experts, "paths": paths, "most": most}
 
 
-def domain_bpb(model: torch.nn.Module, rows: dict[str, Rows], batch_rows: int) -> dict[str, float]:
-    """Bits per byte of a model on every domain's rows; position 0 is not scored."""
+def costliest(changes: list[dict[str, np.ndarray]], rows: dict[str, Rows]) -> dict[str, Any] | None:
+    """Which of several changes of every row's nats (domain -> (rows,)) raises the bits per byte of
+    a domain most on the rows 0, 2, ...; and what it changes on the rows 1, 3, ..., by domain with
+    the interval of a paired t test. The largest of many changes is too large on the rows on which
+    it is the largest. None where a domain has less than two rows of each kind."""
+    if not changes or min(len(own.input_ids) for own in rows.values()) < 4:
+        return None
+
+    def per_byte(domain: str, first: int) -> float:
+        return 1 / np.log(2) / scored_bytes(rows[domain], first, 2)
+
+    domains = list(rows)
+    found = [[c[d][::2].sum() * per_byte(d, 0) for d in domains] for c in changes]
+    index, at = np.unravel_index(np.argmax(found), (len(changes), len(domains)))
+    intervals = {}
+    for domain, change in changes[index].items():
+        own = change[1::2]
+        scale = len(own) * per_byte(domain, 1)
+        intervals[domain] = mean_difference(own * scale, np.zeros(len(own))).as_json()
+    most = {
+        "index": int(index),
+        "domain": domains[at],
+        "found_bpb": round(float(found[index][at]), 6),
+    }
+    return most | {"change_bpb": intervals}
+
+
+def scored_bytes(rows: Rows, first: int = 0, step: int = 1) -> int:
+    """Bytes of the tokens of every step-th row from `first` on; position 0 is not scored."""
+    return int(rows.token_bytes[first::step, 1:].sum())
+
+
+def row_nats(
+    model: torch.nn.Module, rows: dict[str, Rows], batch_rows: int
+) -> dict[str, np.ndarray]:
+    """domain -> (rows,) loss of a model on every row, nats in float64; position 0 is not scored."""
     found = {}
     with evaluating(model):
         for domain, own in rows.items():
             ids = torch.from_numpy(np.ascontiguousarray(own.input_ids, dtype=np.int64))
-            nats = score_prefixes(model, ids, ids.shape[1] - 1, batch_rows)["nll"].double().sum()
-            found[domain] = nats.item() / np.log(2) / own.token_bytes[:, 1:].sum()
+            nats = score_prefixes(model, ids, ids.shape[1] - 1, batch_rows)["nll"]
+            found[domain] = nats.double().sum(1).numpy()
     return found

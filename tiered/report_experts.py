@@ -42,8 +42,32 @@ def observed(run: Run, k: str) -> list[dict[str, Any]]:
 
 def expert_tables(runs: list[Run]) -> dict[str, list[dict[str, str]]]:
     """T9: title -> rows, over all runs; empty where none has expert pages."""
-    rows = [_mean_row(run, k, found) for run in runs for k, found in experts_of_run(run).items()]
-    return {"Experts (T9, mean over layers)": rows} if rows else {}
+    pages = [(run, k, found) for run in runs for k, found in experts_of_run(run).items()]
+    tables = {
+        "Experts (T9, mean over layers)": [_mean_row(*page) for page in pages],
+        "The expert that costs a domain most (change of bits per byte)": [
+            _costliest_row(*page) for page in pages if page[2]["ablation"].get("most")
+        ],
+    }
+    return {title: rows for title, rows in tables.items() if rows}
+
+
+def _costliest_row(run: Run, k: str, found: dict[str, Any]) -> dict[str, str]:
+    most = found["ablation"]["most"]
+    others = {d: v["value"] for d, v in most["change_bpb"].items() if d != most["domain"]}
+    worst = max(others, key=others.get) if others else None
+    return {
+        "experiment": run.name,
+        "partition": k,
+        "left out": f"{layer_name(found, most['group'])}, expert {most['expert']}",
+        "domain": most["domain"],
+        "rows that it was found on": cell(most["found_bpb"]),
+        "the other rows": cell(most["change_bpb"][most["domain"]]),
+        "other domains there, mean": cell(
+            float(np.mean(list(others.values()))) if others else None
+        ),
+        "largest of them": f"{others[worst]:.3f} ({worst})" if others else "none",
+    }
 
 
 def measures(found: dict[str, Any]) -> dict[str, tuple[float | None, int]]:
@@ -120,7 +144,9 @@ TERMS = {
     "ratio": "a domain's experts are those with at least so many times as much of its weight as of"
     " any other domain's; coverage: share of the domain's weight that they hold, mean over layers",
     "left out": "change of bits per byte on these rows without an expert, or without all experts of"
-    " a domain's most frequent path. They have no interval: mind the number of rows",
+    " a domain's most frequent path. They have no interval: mind the number of rows. The largest of"
+    " many is too large on the rows on which it was found: the expert that costs a domain most is"
+    " found on every other row and measured on the rest, with a paired t interval over rows",
 }
 
 
