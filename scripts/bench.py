@@ -2,8 +2,8 @@
 
 Every contender lives in a process of its own (its peak memory is its own); they take turns, one
 step each per round, and the median over the rounds is compared with ours. Only those of `recorder`
-share one: two processes' layouts of memory differ by more than the tenth that is asked there. The
-matrix products that no implementation can avoid take part as a contender: the floor.
+share one: what two processes differ by, of equal work, is as much as the tenth that is asked there.
+The matrix products that no implementation can avoid take part as a contender: the floor.
 
     python scripts/bench.py train-step --hidden 196 --experts 32 --vocab 119547
     python scripts/bench.py train-step --vocab 8192 --reference FILE.py --reference-python PYTHON

@@ -59,6 +59,19 @@ def test_means_and_differences_seed_by_seed():
     assert "less x-a" in seed_tables(runs, runs[-1])[UTILITY][0]
 
 
+def test_splits_are_not_compared():
+    runs = [run_of(f"a-{s}", s, 2.0, width=1) for s in (0, 1)]
+    runs += [run_of(f"b-{s}", s, 2.5, width=2) for s in (0, 1)]
+    runs += [run_of(f"c-{s}", s, 1.5, width=3) for s in (0, 1)]
+    for run in runs[2:]:
+        run.config["eval"]["split"] = "validation"
+    found = seed_tables(runs, runs[0])
+    (test,), (second, third) = found.values()
+    assert list(found) == [UTILITY, UTILITY.replace("test", "validation")]
+    assert test["less a"] == second["less b"] == "" and "less a" not in second
+    assert third["less b"] == "-1.000 [-1.000, -1.000]"
+
+
 def test_a_seed_that_is_not_shared_or_undefined_is_no_pair():
     runs = [run_of(f"a-{s}", s, 2.0, width=1) for s in (0, 1)]
     runs += [run_of("b-1", 1, 1.0, width=2), run_of("b-2", 2, 3.0, width=2)]

@@ -31,18 +31,15 @@ def seed_groups(runs: list[Run]) -> list[list[Run]]:
 def seed_tables(runs: list[Run], first: Run) -> dict[str, list[dict[str, str]]]:
     """Title -> rows; empty where no two runs differ in their seed alone.
 
-    Differences are against the runs of `first`'s settings where it has several seeds, else against
-    the first group; their interval is a paired t test's, the pairs being seeds."""
-    groups = seed_groups(runs)
-    if not groups:
-        return {}
-    reference = next((g for g in groups if any(run is first for run in g)), groups[0])
-    tables = {
-        f"Over seeds (bits per byte, {split}, macro over domains)": [
-            _utility_row(group, reference) for group in groups if _split(group) == split
-        ]
-        for split in dict.fromkeys(map(_split, groups))
-    }
+    A table per split that was scored. Differences are against the runs of `first`'s settings where
+    the table has them, else against its first row; their interval is a paired t test's, the pairs
+    being seeds."""
+    groups, tables = seed_groups(runs), {}
+    for split in dict.fromkeys(map(_split, groups)):
+        own = [group for group in groups if _split(group) == split]
+        reference = next((g for g in own if any(run is first for run in g)), own[0])
+        title = f"Over seeds (bits per byte, {split}, macro over domains)"
+        tables[title] = [_utility_row(group, reference) for group in own]
     rows = [row for group in groups if (row := _expert_row(group))]
     return tables | ({"Experts over seeds (T9, mean over layers, ± SD)": rows} if rows else {})
 
@@ -96,13 +93,13 @@ def _utility_row(group: list[Run], reference: list[Run]) -> dict[str, str]:
 def _expert_row(group: list[Run]) -> dict[str, str]:
     """Mean and standard deviation over a group's runs with expert pages of the measures that all
     of them have, each first averaged over a run's partitions; empty where fewer than two have."""
-    runs = {run.name: [measures(f) for f in experts_of_run(run).values()] for run in group}
-    runs = {name: found for name, found in runs.items() if found}
+    every = ([measures(f) for f in experts_of_run(run).values()] for run in group)
+    runs = [tables for tables in every if tables]
     if len(runs) < 2:
         return {}
     row = {"experiment": group_name(group), "runs": str(len(runs))}
-    for name, (_, digits) in next(iter(runs.values()))[0].items():
-        values = [[table[name][0] for table in tables] for tables in runs.values()]
+    for name, (_, digits) in runs[0][0].items():
+        values = [[table[name][0] for table in tables] for tables in runs]
         row[name] = "none"
         if not any(None in of_run for of_run in values):
             means = [np.mean(of_run) for of_run in values]
