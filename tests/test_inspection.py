@@ -22,7 +22,7 @@ from tiered.recorder import RoutingRecorder
 from tiered.report import build
 from tiered.report_experts import ablation_table, plot_flow, saturation
 from tiered.router import load_models, run_models
-from tiered.store import UserError, read_json, tree_hashes
+from tiered.store import EXPERTS_FORMAT, UserError, read_json, tree_hashes, write_json
 from tiered.training import expert_devices, train_partition
 
 TEXT = "नमस्ते, 你好 world"  # of a reader's own
@@ -387,9 +387,29 @@ def test_a_report_without_what_was_noted_says_so(project, tmp_path):
     (tmp_path / "moe/models/0/observed.jsonl").unlink()
     with pytest.raises(UserError, match=r"models/0/observed\.jsonl"):
         build([tmp_path / "moe"], tmp_path / "report")
-    (tmp_path / "moe/eval/experts.json").unlink()
+    path = tmp_path / "moe/eval/experts.json"
+    write_json(path, {k: v for k, v in read_json(path).items() if k != "format"})
+    with pytest.raises(UserError, match=r"experts\.json: written by another .*eval_det_router"):
+        build([tmp_path / "moe"], tmp_path / "report")
+    path.unlink()
     text = build([tmp_path / "moe"], tmp_path / "report").read_text()
-    assert f"{tmp_path}/moe/eval/experts.json is missing" in text
+    assert f"{path} is missing" in text
+
+
+def test_another_content_of_the_file_is_another_format(project):
+    """EXPERTS_FORMAT goes with these names: pages find them in every file that has the number."""
+    stored = read_json(project / "runs/moe/eval/experts.json")
+    assert stored["format"] == EXPERTS_FORMAT == 1
+    found = stored["partitions"]["0"]
+    names = "ablation continuity domains experts first_leaf flow groups layers"
+    names += " max_violation_pooled paths rows shown skewed split tokens"
+    assert sorted(found) == names.split()
+    names = "drawn effective_domains_per_expert effective_experts_per_domain ics ics_attainable"
+    names += " ics_by_chance ics_pairs ics_words js_bits load load_entropy max_violation nmi"
+    names += " nmi_shuffled nmi_shuffled_sd share_of_domain tis tis_attainable tis_by_chance"
+    names += " tis_words together weight_named"
+    assert sorted(found["groups"][0]) == names.split()
+    assert sorted(found["ablation"]) == ["bpb", "experts", "most", "paths"]
 
 
 def test_equal_inputs_are_not_read_again(project, tmp_path):

@@ -14,7 +14,7 @@ from tiered.evaluation import EXPERT_SETTINGS
 from tiered.report import build
 from tiered.report_seeds import EXPERT_PAGES, group_name, plot_seeds, seed_groups, seed_tables
 from tiered.runs import Run, load_run
-from tiered.store import read_sealed, write_sealed
+from tiered.store import EXPERTS_FORMAT, read_sealed, write_sealed
 
 UTILITY = "Over seeds (bits per byte, test, macro over domains)"
 EXPERTS = "Experts over seeds (T9, mean over layers, ± SD)"
@@ -145,7 +145,7 @@ def test_experts_over_seeds_are_means_of_runs(tmp_path):
     for seed, partitions in enumerate(found):
         folder = tmp_path / str(seed)
         (folder / "eval").mkdir(parents=True)
-        text = json.dumps({"partitions": partitions})
+        text = json.dumps({"format": EXPERTS_FORMAT, "partitions": partitions})
         (folder / "eval/experts.json").write_text(text)
         runs.append(run_of(f"a-s{seed}", seed, 2.0, folder))
     (row,) = seed_tables(runs, runs[0])[EXPERTS]

@@ -28,7 +28,15 @@ from tiered.recorder import RoutingRecorder, path_coverage
 from tiered.router import load_models
 from tiered.scoring import score_prefixes
 from tiered.statistics import mean_difference
-from tiered.store import UserError, code_hash, content_hash, digest, read_json, write_json
+from tiered.store import (
+    EXPERTS_FORMAT,
+    UserError,
+    code_hash,
+    content_hash,
+    digest,
+    read_json,
+    write_json,
+)
 from tiered.tokenization import Encoder
 
 CODE = tuple(f"tiered/{name}.py" for name in ("experts", "inspection", "recorder", "scoring"))
@@ -58,14 +66,14 @@ def write_experts(
                 getattr(section, name) for name in (*EXPERT_SETTINGS, "split", "batch_rows")
             ],
             "environment": [training_environment(config), config.seed],
-            "code": code_hash(*CODE),
+            "code": [code_hash(*CODE), EXPERTS_FORMAT],
         }
     )
     if not config.overwrite and path.is_file() and read_json(path)["key"] == key:
         return
     models = load_models(folders)
     found = inspect_experts(config, data, partitions, models, progress)
-    write_json(path, {"key": key, "partitions": found})
+    write_json(path, {"format": EXPERTS_FORMAT, "key": key, "partitions": found})
 
 
 def inspect_experts(

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from tiered.runs import Run, cell
-from tiered.store import HASHES, OBSERVED, read_json, verified
+from tiered.store import EXPERTS_FORMAT, HASHES, OBSERVED, UserError, read_json, verified
 
 LINES = ("-", "--", ":", "-.")
 BANDS = 64  # experts of a layer whose load through training is drawn
@@ -23,9 +23,18 @@ FLOWS = 4  # texts whose flow is drawn as a plot, chosen ones first; the page ha
 
 
 def experts_of_run(run: Run) -> dict[str, dict[str, Any]]:
-    """partition -> what its experts did; empty where a run has no expert pages."""
+    """partition -> what its experts did; empty where a run has no expert pages. UserError where
+    another version of the project wrote them."""
     path = run.folder / "eval" / "experts.json"
-    return read_json(path)["partitions"] if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    stored = read_json(path)
+    if stored.get("format") != EXPERTS_FORMAT:
+        raise UserError(
+            f"{path}: written by another version of this project; run: python eval_det_router.py"
+            " CONFIG"
+        )
+    return stored["partitions"]
 
 
 def observed(run: Run, k: str) -> list[dict[str, Any]]:

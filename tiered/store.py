@@ -27,6 +27,7 @@ TOKENIZER_RECORD = "tokenizer_record.json"  # beside a tokenizer: which domains 
 TIMINGS = "timings.json"
 UNHASHED = (HASHES, TIMINGS)
 OBSERVED = "observed.jsonl"  # beside a model whose training was watched
+EXPERTS_FORMAT = 1  # of eval/experts.json: another number wherever what its pages read changes
 SEAL = "sha256"  # last entry of a JSON mapping of ours: the hash of all others
 INITIAL_SPACE = 0xEFFFFFFC  # of process numbers: Linux' for all that runs in no container
 ABANDONED = 86_400.0  # seconds without a write after which another machine's writer counts as dead
