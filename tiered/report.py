@@ -24,6 +24,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from tqdm import tqdm
 
 from tiered.report_experts import (
     EXPERT_STYLE,
@@ -369,9 +370,11 @@ def _heat_maps(runs: list[Run]) -> tuple[plt.Figure, list[plt.Axes]]:
     return figure, list(grid.flat[: len(runs)])
 
 
-def plot_routing(runs: list[Run]) -> plt.Figure:
-    """Which partition each domain's test rows are routed to."""
-    runs = [r for r in sorted(runs, key=lambda r: r.n) if r.n > 1] or runs
+def plot_routing(runs: list[Run]) -> plt.Figure | None:
+    """Which partition each domain's test rows are routed to; None where every run has one."""
+    runs = [r for r in sorted(runs, key=lambda r: r.n) if r.n > 1]
+    if not runs:
+        return None
     figure, panels = _heat_maps(runs)
     for axes, run in zip(panels, runs, strict=True):
         counts = np.array(run.utility["routing"]["confusion"], dtype=float)
@@ -533,11 +536,9 @@ def build(folders: list[Path], output: Path) -> Path:
         page.plots(unlearning_plots(runs))
         page.add(LEADERBOARD)
         page.tables(unlearning_tables(runs))
-    pages = [
-        expert_page(run, k, found, output)
-        for run in runs
-        for k, found in experts_of_run(run).items()
-    ]
+    experts = [(run, k, found) for run in runs for k, found in experts_of_run(run).items()]
+    bar = tqdm(experts, "pages of experts", unit="page", disable=None)  # None: on a terminal only
+    pages = [expert_page(run, k, found, output) for run, k, found in bar]
     if pages:
         links = [f'<a href="{path.name}">{html.escape(text)}</a>' for path, text in pages]
         page.add(f"<p>What experts do: {', '.join(links)}.</p>")
