@@ -187,9 +187,13 @@ def test_an_unknown_tracker_is_one_line(tmp_path):
         fit(made, job, lambda: torch.nn.Linear(2, 2), ordered, lambda model, path: {})
 
 
-def test_trackers_get_one_run_per_model_and_keep_it(tmp_path, monkeypatch):
+def test_trackers_get_one_run_per_model_and_keep_it(tmp_path, monkeypatch, request):
     """wandb offline without a key, tensorboard in the run folder; neither goes with the
     checkpoints, neither changes what is trained."""
+    import wandb
+
+    # its service ends here, and WANDB_SERVICE: processes of later tests would take that for theirs
+    request.addfinalizer(wandb.teardown)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     for name in ("WANDB_MODE", "WANDB_PROJECT"):
