@@ -1,6 +1,5 @@
 """Requests to end, two calls at once, damaged artefacts: nothing lost, nothing half-written."""
 
-import contextlib
 import os
 import re
 import shutil
@@ -36,30 +35,12 @@ CONFIG = "configs/n2.yaml"
 def begun(folder: Path, stage: str, under_way: Callable[[], bool], *more: str) -> subprocess.Popen:
     """Start a stage and wait until it is demonstrably at work."""
     process = start_stages(folder, (stage,), CONFIG, *WORK, *more)
-    until(under_way, process, stage)
-    return process
-
-
-def until(true: Callable[[], bool], process, what: str) -> None:
-    """Wait; fails with the output of a process that ends before."""
     deadline = time.monotonic() + 240
-    while not true():
+    while not under_way():
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"{what}: no sign of work"
+        assert time.monotonic() < deadline, f"{stage}: no sign of work"
         time.sleep(0.002)
-
-
-def begun_by(pid: int) -> dict[int, str]:
-    """Processes that one has begun, and those have: command lines.
-
-    By the parents that they name: psutil's `children` leaves out any that seems older than its
-    parent, as a clock that is set between two looks at it makes a child.
-    """
-    all_of_them = {p.pid: p.info for p in psutil.process_iter(["ppid", "cmdline"])}
-    found = {pid}
-    while more := {k for k, info in all_of_them.items() if info["ppid"] in found} - found:
-        found |= more
-    return {k: " ".join(all_of_them[k]["cmdline"] or ()) for k in found - {pid}}
+    return process
 
 
 @pytest.fixture(scope="module")
@@ -88,25 +69,18 @@ def test_a_training_that_is_asked_to_end_saves_and_goes_on_from_there(
     under_way = with_router(uninterrupted, tmp_path)
     if anew:
         shutil.copytree(uninterrupted / "runs", tmp_path / "runs", dirs_exist_ok=True)
-    assert not under_way()
     more = (f"training.num_proc={processes}", "training.save_steps=30", f"overwrite={anew}".lower())
     process = begun(tmp_path, "run_clm", under_way, *more, "training.report_to=[wandb]")
-    others: dict[int, str] = {}
-
-    def recorded() -> bool:
-        others.clear()
-        others.update(begun_by(process.pid))
-        return any("wandb-core" in line for line in others.values())
-
-    until(recorded, process, "wandb")
-    for other in (*others, process.pid):
-        with contextlib.suppress(ProcessLookupError):  # a loader that its trainer ended first
-            os.kill(other, signal.SIGTERM)
+    others = psutil.Process(process.pid).children(recursive=True)
+    recorded = any("wandb-core" in " ".join(other.cmdline()) for other in others)
+    assert recorded, process.text()
+    for other in (*others, process):
+        os.kill(other.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 143, output
     assert "Traceback" not in output.rsplit("state saved", 1)[0]  # later: what wandb does at exit
     saved = re.findall(r"asked to end; state saved at step (\d+)", output)
-    assert saved, output
+    assert saved and all(int(step) % 30 for step in saved), output
     assert not list(tmp_path.rglob("*.lock"))
     output = run_stages(tmp_path, ("run_clm",), CONFIG, *WORK, *more)
     # two processes resume in any order

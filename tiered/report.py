@@ -536,9 +536,11 @@ def build(folders: list[Path], output: Path) -> Path:
         page.plots(unlearning_plots(runs))
         page.add(LEADERBOARD)
         page.tables(unlearning_tables(runs))
-    experts = [(run, k, found) for run in runs for k, found in experts_of_run(run).items()]
-    bar = tqdm(experts, "pages of experts", unit="page", disable=None)  # None: on a terminal only
-    pages = [expert_page(run, k, found, output) for run, k, found in bar]
+    pages = [
+        expert_page(run, k, found, output)
+        for run in tqdm(runs, "pages of experts", unit="run", disable=None)  # on a terminal only
+        for k, found in experts_of_run(run).items()
+    ]
     if pages:
         links = [f'<a href="{path.name}">{html.escape(text)}</a>' for path, text in pages]
         page.add(f"<p>What experts do: {', '.join(links)}.</p>")
